@@ -1,0 +1,1 @@
+"""pvsae: what a character trait is inside a language model, and what to do about it."""

@@ -1,0 +1,503 @@
+"""Chat templates: from messages to token ids with spans that are exact to the token.
+
+Knows: that the rendered string is the truth. It is rendered once by the tokenizer's own template, tokenised once without
+further special tokens, and every boundary is a character position in that string, carried over to tokens by their
+offsets. Nothing here assumes that a prompt's tokens are a prefix of the whole conversation's tokens.
+Does not know: models, batches, padding, or what the spans are used for.
+
+How a message's content is found: the template is rendered again with that one content replaced by a marker that occurs
+nowhere else. What stands left and right of the marker must stand, character for character, at both ends of the real
+string; the content is what is between. So equal texts in two messages, stripped whitespace, and dates or default system
+prompts that a template adds on its own cannot mislead it, and a template that does anything else ends in a clear error.
+
+Boundary rules, used everywhere: a content span holds every token that overlaps the content; a token that straddles the
+end of the prompt and the start of the answer belongs to the answer; thinking (`<think>...</think>`) and the whitespace
+behind it are in no answer span.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from pvsae.errors import UserError
+from pvsae.models.offsets import Cover, first_beyond, overlapping, token_spans, tokenise
+
+Message = Mapping[str, str]
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One tokenised chat with its spans; all positions are token indices into `ids`, spans are half-open.
+
+    Attributes:
+        ids: the token ids, special tokens included.
+        n_prompt: tokens [0, n_prompt) are the prompt, the generation prompt (assistant header) included.
+        answer: span of the answer's content, without end-of-turn token and thinking; (n_prompt, n_prompt) if there is none.
+        spans: (role, start, end) of every message's content, in order.
+        text: the rendered string that `ids` encode.
+    """
+
+    ids: tuple[int, ...]
+    n_prompt: int
+    answer: tuple[int, int]
+    spans: tuple[tuple[str, int, int], ...]
+    text: str
+
+    @property
+    def last_prompt(self) -> int:
+        """Index of the last prompt token, at which the answer's first token is predicted."""
+        return self.n_prompt - 1
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Token span of "prompt", "answer", "all", or the last message of that role ("system", "user", ...); (0, 0) if none."""
+        if name == "prompt":
+            return 0, self.n_prompt
+        if name == "answer":
+            return self.answer
+        if name == "all":
+            return 0, len(self.ids)
+        for role, start, end in reversed(self.spans):
+            if role == name:
+                return start, end
+        return 0, 0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of content with one role inside one message that the template sees: before + body + after."""
+
+    message: int
+    role: str
+    before: str
+    body: str
+    after: str
+
+
+def split_thinking(text: str, opened: bool = False) -> tuple[int, int, str | None]:
+    """Where the answer proper lies in an assistant text.
+
+    Args:
+        text: what the assistant wrote.
+        opened: the prompt itself already opened the thinking block, so that only its end occurs in `text`.
+
+    Returns:
+        (start, end, thinking): the answer is text[start:end]; thinking is None where there was none. The answer is what
+        follows the last `</think>`, whitespace skipped. A block that is never closed (cut off by the length limit) leaves
+        what stood before it, mostly nothing.
+    """
+    open_at, close_at = text.find(THINK_OPEN), text.rfind(THINK_CLOSE)
+    inside = 0 if opened else open_at + len(THINK_OPEN)
+    if not opened and open_at < 0:
+        return 0, len(text), None
+    if close_at < inside:
+        end = 0 if opened or not text[:open_at].strip() else open_at
+        return 0, end, text[inside:].strip()
+    start = close_at + len(THINK_CLOSE)
+    start += len(text[start:]) - len(text[start:].lstrip())
+    return start, len(text), text[inside:close_at].strip()
+
+
+def opens_thinking(prompt: Rendered) -> bool:
+    """True where the prompt ends inside a thinking block, so that the model starts by thinking."""
+    return prompt.text.rstrip().endswith(THINK_OPEN)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with exact spans.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        chat: "auto" uses the tokenizer's template; "plain" uses none: the contents, joined by blank lines, are the prompt
+            and the answer follows at once. For models without a template.
+        pin_date: ISO date that templates see as today, so that a run repeats on another day.
+        system: what to do with a system message where the template refuses one: "merge" puts its text in front of the next
+            user message, a blank line between (said in `notes`); "error" raises a UserError.
+
+    Attributes:
+        notes: what the template did on its own, or what was done in its place; to be stored with every run.
+        supports_system: whether the template itself takes a system message.
+        default_system: the system prompt that the template writes where no system message is given, or None.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: str = "auto", pin_date: str = "2024-07-26", system: str = "merge") -> None:
+        if chat not in ("auto", "plain"):
+            raise UserError(f"unknown chat mode {chat!r}", 'chat="auto" or chat="plain"')
+        if system not in ("merge", "error"):
+            raise UserError(f"unknown system mode {system!r}", 'system="merge" or system="error"')
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{type(tokenizer).__name__} gives no character offsets, so spans cannot be exact",
+                "a fast tokenizer (a tokenizer.json in the model folder)",
+                "convert it once with transformers' AutoTokenizer and save_pretrained",
+            )
+        self.tokenizer, self.mode, self.system_mode = tokenizer, chat, system
+        try:
+            self.date = datetime.date.fromisoformat(pin_date)
+        except ValueError as error:
+            raise UserError(f"pin_date {pin_date!r} is not a date", "an ISO date such as 2024-07-26") from error
+        self._added = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        self._template: str | None = None
+        if chat == "auto" and getattr(tokenizer, "chat_template", None):
+            template = tokenizer.get_chat_template()
+            self._template = _with_pinned_clock(template, self.date) if "strftime_now" in template else template
+        bos = tokenizer.bos_token_id
+        # What the tokenizer would put in front of a text. Templates mostly write it themselves; never both.
+        self._bos = tokenizer.bos_token if bos is not None and bos in tokenizer("x")["input_ids"][:1] else ""
+        self.supports_system, self.default_system, self.notes = self._probe()
+
+    # -- public -------------------------------------------------------------------------------------------------------
+
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
+        """Messages with the assistant header behind them: what a model is given before it answers.
+
+        Raises:
+            UserError: no template (and not chat="plain"), a malformed message, or messages that the template refuses.
+        """
+        text, spans = self._locate(_checked(messages), generation=True)
+        ids, cover = self._tokenise(text)
+        return Rendered(ids, len(ids), (len(ids), len(ids)), token_spans(cover, spans, len(ids)), text)
+
+    def conversation(self, messages: Sequence[Message]) -> Rendered:
+        """A whole chat, end-of-turn tokens included. If its last message is the assistant's, that one is the answer.
+
+        `n_prompt` is where the string of the messages before it, rendered with the generation prompt, ends. Where the
+        answer brings thinking of its own, the prompt ends before that.
+        """
+        messages = _checked(messages)
+        text, spans = self._locate(messages, generation=False)
+        ids, cover = self._tokenise(text)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            return Rendered(ids, len(ids), (len(ids), len(ids)), token_spans(cover, spans, len(ids)), text)
+        _, start, end = spans[-1]
+        boundary = self._prompt_end(messages[:-1], text, start)
+        n_prompt = first_beyond(cover, boundary)
+        tokens = token_spans(cover, spans[:-1], n_prompt)
+        first, last = overlapping(cover, start, end)
+        answer = (max(first, n_prompt), max(last, n_prompt))
+        return Rendered(ids, n_prompt, answer, (*tokens, ("assistant", *answer)), text)
+
+    def with_answer_ids(self, prompt: Rendered, ids: Iterable[int]) -> Rendered:
+        """The prompt followed by exactly these token ids, as they were generated. Stop tokens at the end and thinking are
+        in `ids` but in no answer span. `prompt.ids` are kept as they are: nothing is tokenised again."""
+        _require_prompt(prompt)
+        new = tuple(int(i) for i in ids)
+        n, end = prompt.n_prompt, len(new)
+        while end and new[end - 1] in self.stop_ids:
+            end -= 1
+        start, stop = self.answer_tokens(new[:end], opens_thinking(prompt))
+        return Rendered(prompt.ids + new, n, (n + start, n + stop), prompt.spans, prompt.text + self.decode(new))
+
+    def with_answer_text(self, prompt: Rendered | Sequence[Message], text: str) -> Rendered:
+        """The prompt's string followed by `text`, tokenised together, with nothing behind it.
+
+        Tokens may merge over the boundary; such a token belongs to the answer, and the prompt ends before it.
+        """
+        rendered = prompt if isinstance(prompt, Rendered) else self.prompt(prompt)
+        _require_prompt(rendered)
+        ids, cover = self._tokenise(rendered.text)
+        if ids != rendered.ids:
+            raise UserError(
+                "the prompt's ids are not what this tokenizer makes of its text",
+                "a prompt rendered by the same model",
+                "render the messages again with this model's chat.prompt",
+            )
+        spans = [(role, cover[start][0], cover[end - 1][1]) for role, start, end in rendered.spans if end > start]
+        empty = [(role, 0, 0) for role, start, end in rendered.spans if end == start]
+        boundary = len(rendered.text)
+        ids, cover = self._tokenise(rendered.text + text)
+        n_prompt = first_beyond(cover, boundary)
+        start, end, _ = split_thinking(text, opens_thinking(rendered))
+        first, last = overlapping(cover, boundary + start, boundary + end)
+        tokens = iter(token_spans(cover, spans, n_prompt))
+        blank = iter(empty)
+        ordered = tuple(next(tokens) if end > start else next(blank) for _, start, end in rendered.spans)
+        return Rendered(ids, n_prompt, (max(first, n_prompt), max(last, n_prompt)), ordered, rendered.text + text)
+
+    def plain(self, text: str) -> Rendered:
+        """A raw text as the prompt, no template at all (with the BOS token if the tokenizer wants one)."""
+        ids, cover = self._tokenise(self._bos + text)
+        spans = [("user", len(self._bos), len(self._bos) + len(text))]
+        return Rendered(ids, len(ids), (len(ids), len(ids)), token_spans(cover, spans, len(ids)), self._bos + text)
+
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
+        """Text of ids, exactly; without special tokens if `special` is False."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an assistant turn: the tokenizer's EOS, and the special token that the template writes after an answer."""
+        stops = set() if self.tokenizer.eos_token_id is None else {int(self.tokenizer.eos_token_id)}
+        if self._template is not None:
+            try:
+                probe = self.conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+            except UserError:
+                return tuple(sorted(stops))
+            behind = [i for i in probe.ids[probe.answer[1] :] if self.decode((i,)).strip()]
+            stops |= {i for i in behind[:1] if i in self._added}
+        return tuple(sorted(stops))
+
+    # -- rendering ----------------------------------------------------------------------------------------------------
+
+    def _render(self, messages: Sequence[Message], generation: bool, date: datetime.date | None = None, **options: Any) -> str:
+        """The template's string for these messages, with exactly one BOS where the tokenizer wants one."""
+        if self._template is None:
+            raise UserError(
+                "this model has no chat template",
+                "a tokenizer with a chat template",
+                'load the model with chat="plain", which gives it the raw text as prompt',
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation,
+                date_string=_date_string(date or self.date),
+                **{"enable_thinking": False, **options},
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            roles = [m["role"] for m in messages]
+            raise UserError(
+                f"the model's chat template refused messages with the roles {roles}: {error}",
+                "messages that this template can render",
+                "see the template's own rules (alternating user and assistant turns, the user first, are always safe)",
+            ) from error
+        return text if not self._bos or text.startswith(self._bos) else self._bos + text
+
+    def _pieces(self, messages: Sequence[Message]) -> list[_Piece]:
+        """Messages as the template will see them, with system texts merged into user turns where that has to be."""
+        pieces: list[_Piece] = []
+        waiting: list[str] = []
+        index = 0
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if role == "system" and not self.supports_system:
+                if self.system_mode == "error":
+                    raise UserError(
+                        "this model's chat template takes no system message",
+                        "messages without a system role",
+                        'put the text into the first user message, or use system="merge" to have that done',
+                    )
+                waiting.append(content)
+                continue
+            if waiting and role != "user":
+                raise UserError(
+                    "a system message is followed by no user message, and the template has no system role to merge into",
+                    "a user message after each system message",
+                )
+            pieces += [_Piece(index, "system", "", text, "\n\n" if text.strip() else "") for text in waiting]
+            waiting = []
+            start, end, _ = split_thinking(content) if role == "assistant" else (0, len(content), None)
+            pieces.append(_Piece(index, role, content[:start], content[start:end], content[end:]))
+            index += 1
+        if waiting:
+            raise UserError("there is a system message but no user message after it", "at least one user message")
+        return pieces
+
+    def _locate(self, messages: Sequence[Message], generation: bool) -> tuple[str, list[tuple[str, int, int]]]:
+        """The rendered string and the character span of every message's content, by marker renders (see the module's head)."""
+        if self.mode == "plain":
+            return self._joined(messages, generation)
+        pieces = self._pieces(messages)
+        marker = _marker(self._template or "", messages)
+        text = self._render(_messages(pieces), generation)
+        spans = []
+        for i, piece in enumerate(pieces):
+            marked = self._render(_messages(pieces, i, marker), generation).split(marker)
+            span = _between(text, marked, piece.body)
+            if span is None:
+                raise UserError(
+                    f"the chat template does not keep the {piece.role} message in one piece, so its tokens cannot be told apart",
+                    "a template that writes each content once, at most with whitespace stripped",
+                    f"look at what it makes of it: {text[:300]!r}",
+                )
+            spans.append((piece.role, *span))
+        return text, spans
+
+    def _joined(self, messages: Sequence[Message], generation: bool) -> tuple[str, list[tuple[str, int, int]]]:
+        """Plain mode: contents joined by blank lines; a last assistant message follows its prompt at once."""
+        text, spans = self._bos, []
+        for i, message in enumerate(messages):
+            is_answer = not generation and i == len(messages) - 1 and message["role"] == "assistant"
+            text += "" if i == 0 or is_answer else "\n\n"
+            content = message["content"]
+            start, end, _ = split_thinking(content) if message["role"] == "assistant" else (0, len(content), None)
+            spans.append((message["role"], len(text) + start, len(text) + end))
+            text += content
+        return text, spans
+
+    def _prompt_end(self, before: Sequence[Message], whole: str, answer_start: int) -> int:
+        """Character position in `whole` at which the prompt of its last message ends."""
+        if self.mode == "plain":
+            return len(self._joined(before, generation=True)[0])
+        prompt = self._render(_messages(self._pieces(before)), generation=True)
+        common = _common_prefix(prompt, whole)
+        if common < len(prompt):
+            # The answer thinks, and the generation prompt holds a closed empty block instead: end before the block.
+            think = whole.rfind(THINK_OPEN, 0, answer_start)
+            common = min(common, think) if think >= 0 else common
+        return min(common, answer_start)
+
+    def _probe(self) -> tuple[bool, str | None, tuple[str, ...]]:
+        """What the template does on its own, found by rendering: (takes a system role, default system prompt, notes)."""
+        if self.mode == "plain":
+            return True, None, ("no chat template used: contents are joined by blank lines and the answer follows at once",)
+        if self._template is None:
+            return True, None, ("the tokenizer has no chat template",)
+        system, user = _marker(self._template, (), "S"), _marker(self._template, (), "U")
+        alone = [{"role": "user", "content": user}]
+        notes, default, supports = [], None, False
+        try:
+            without = self._render(alone, True)
+        except UserError as error:
+            return True, None, (f"the template refused a single user message: {error.what}",)
+        try:
+            both = self._render([{"role": "system", "content": system}, *alone], True)
+            supports = both.count(system) == 1 and both.count(user) == 1
+        except UserError:
+            pass
+        if not supports:
+            how = "is merged into the next user message" if self.system_mode == "merge" else "is refused"
+            notes.append(f"the template takes no system role: a system message {how}")
+        else:
+            default = _inserted(without, *both.partition(user)[0].partition(system)[::2], user) if user in without else None
+            if default:
+                notes.append(f"without a system message the template inserts its default system prompt: {default!r}")
+        if without != self._render(alone, True, date=self.date + datetime.timedelta(days=401)):
+            notes.append(f"the template writes today's date: pinned to {self.date.isoformat()}")
+        if without != self._render(alone, True, enable_thinking=True):
+            notes.append("thinking turned off (enable_thinking=False)")
+        if without.rstrip().endswith(THINK_OPEN):
+            notes.append("the template opens a thinking block that cannot be turned off: thinking is kept out of answer spans")
+        if self._bos and not self.tokenizer.apply_chat_template(
+            alone, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        ).startswith(self._bos):
+            notes.append(f"the tokenizer's {self._bos!r}, which the template does not write, is put in front")
+        return supports, default, tuple(notes)
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    def _tokenise(self, text: str) -> tuple[tuple[int, ...], Cover]:
+        return tokenise(self.tokenizer, text, self._added)
+
+    def answer_tokens(self, ids: Sequence[int], opened: bool) -> tuple[int, int]:
+        """Token span of the answer proper among generated ids."""
+        text = self.decode(ids)
+        start, end, thinking = split_thinking(text, opened)
+        if thinking is None:
+            return 0, len(ids)
+        if start == 0:
+            # Never closed: the answer is what stood before the block, in whole tokens.
+            return 0, 0 if end == 0 else _bisect(len(ids), lambda k: THINK_OPEN in self.decode(ids[:k])) - 1
+        closes = text.count(THINK_CLOSE)
+        first = _bisect(len(ids), lambda k: self.decode(ids[:k]).count(THINK_CLOSE) == closes)
+        while first < len(ids) and not self.decode((ids[first],)).strip():
+            first += 1
+        return first, len(ids)
+
+
+# -- helpers without state ------------------------------------------------------------------------------------------------
+
+
+def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages, if they are a non-empty list of {"role": str, "content": str}."""
+    shape = 'a list of messages, each {"role": "system"|"user"|"assistant", "content": text}'
+    if isinstance(messages, (str, Mapping)) or not len(messages):
+        raise UserError(f"these are not messages: {messages!r:.80}", shape)
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"message {i} is malformed: {message!r:.120}", shape)
+    return messages
+
+
+def _require_prompt(rendered: Rendered) -> None:
+    if len(rendered.ids) != rendered.n_prompt:
+        raise ValueError("an answer can only be put behind a prompt that has none yet")
+
+
+def _messages(pieces: Sequence[_Piece], marked: int = -1, marker: str = "") -> list[dict[str, str]]:
+    """Messages put together from pieces, with the body of piece `marked` replaced by the marker."""
+    messages: dict[int, dict[str, str]] = {}
+    for i, piece in enumerate(pieces):
+        so_far = messages.get(piece.message, {"content": ""})["content"]
+        content = piece.before + (marker if i == marked else piece.body) + piece.after
+        # A merged message has the role of its last piece, the user's.
+        messages[piece.message] = {"role": piece.role, "content": so_far + content}
+    return list(messages.values())
+
+
+def _marker(template: str, messages: Sequence[Message], kind: str = "M") -> str:
+    """A word that occurs neither in the template nor in any message."""
+    number = 0
+    while any(f"{kind}qz{number}x" in text for text in (template, *(m["content"] for m in messages))):
+        number += 1
+    return f"{kind}qz{number}x"
+
+
+def _between(text: str, marked: Sequence[str], body: str) -> tuple[int, int] | None:
+    """Character span of a content: what is left of `text` between the two sides of its marker."""
+    if len(marked) != 2:
+        return None
+    left, right = marked
+    end = len(text) - len(right)
+    if text.startswith(left) and text.endswith(right) and len(left) <= end and text[len(left) : end] in body:
+        return len(left), end
+    if not body.strip():
+        # An empty content that the template leaves out together with its header has an empty span where it would stand.
+        at = _common_prefix(left, text)
+        return at, at
+    return None
+
+
+def _inserted(text: str, before: str, after: str, user: str) -> str | None:
+    """What stands in place of the system message in a render without one, if its header is there all the same."""
+    head = text.partition(user)[0]
+    if head.startswith(before) and head.endswith(after) and len(head) > len(before) + len(after):
+        return head[len(before) : len(head) - len(after)]
+    return None
+
+
+def _common_prefix(a: str, b: str) -> int:
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def _bisect(n: int, holds: Any) -> int:
+    """Smallest k in [0, n] for which a monotone condition holds; n if it never does."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _date_string(date: datetime.date) -> str:
+    """The form in which Llama-3.1's template takes a date, in English whatever the locale: 26 Jul 2024."""
+    return f"{date.day:02d} {_MONTHS[date.month - 1][:3]} {date.year}"
+
+
+def _with_pinned_clock(template: str, date: datetime.date) -> str:
+    """The template with its clock `strftime_now` replaced by a macro that knows one date only, at midnight."""
+    values = {
+        "%-d": str(date.day), "%-m": str(date.month), "%d": f"{date.day:02d}", "%m": f"{date.month:02d}",
+        "%Y": str(date.year), "%y": f"{date.year % 100:02d}", "%j": f"{date.timetuple().tm_yday:03d}",
+        "%B": _MONTHS[date.month - 1], "%b": _MONTHS[date.month - 1][:3],
+        "%A": _DAYS[date.weekday()], "%a": _DAYS[date.weekday()][:3],
+        "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM",
+    }  # fmt: skip
+    replaced = "".join(f' | replace("{code}", "{value}")' for code, value in values.items())
+    # The newline ends the macro's block and is trimmed with it, so the template starts at the start of a line as before.
+    return "{%- macro strftime_now(format) -%}{{- format" + replaced + " -}}{%- endmacro %}\n" + template

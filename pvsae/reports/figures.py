@@ -1,0 +1,240 @@
+"""One figure a stage, drawn from the tables in its run folder.
+
+Knows: the columns of the tables that the stages write, matplotlib.
+Does not know: models, judges, how a number came about. Drawing again never changes a number.
+
+Every figure is a function from a table to a `Figure`; `draw` finds the tables of a run folder and saves the PNGs beside
+them. Nothing here touches pyplot's global state, so it works in threads, notebooks and servers alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pvsae.errors import UserError
+from pvsae.runs import RunDir, atomic_path
+
+# Okabe and Ito's palette: distinct for the colour-blind, and in grey print
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800"
+GREY, INK, PALE = "#8A8A8A", "#222222", "#E6E6E6"
+CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, YELLOW)
+LINES = ("-", "--", ":")
+DPI = 150
+
+
+# --------------------------------------------------------------------------------------------------------------- canvas
+def _figure(n_panels: int, *, columns: int = 2, panel: tuple[float, float] = (4.2, 3.0)) -> tuple[Figure, list[Axes]]:
+    """A grid of `n_panels` axes with the house style; unused cells of the grid are left empty."""
+    columns = max(1, min(columns, n_panels))
+    rows = math.ceil(n_panels / columns)
+    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), dpi=DPI, layout="constrained")
+    figure.patch.set_facecolor("white")
+    axes = []
+    for i in range(n_panels):
+        ax = figure.add_subplot(rows, columns, i + 1)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(GREY)
+        ax.tick_params(colors=INK, labelsize=8)
+        ax.grid(True, color=PALE, linewidth=0.7)
+        ax.set_axisbelow(True)
+        axes.append(ax)
+    return figure, axes
+
+
+def _title(ax: Axes, text: str, detail: str = "") -> None:
+    ax.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
+    if detail:
+        ax.set_title(detail, loc="right", fontsize=8, color=GREY)
+
+
+def _score_axis(ax: Axes) -> None:
+    ax.set_ylim(-4, 104)
+    ax.set_yticks([0, 25, 50, 75, 100])
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with atomic_path(path) as tmp, matplotlib.rc_context({"svg.hashsalt": "pvsae"}):
+        figure.savefig(tmp, metadata={"Software": "pvsae"})
+    return path
+
+
+def _names(values: Iterable[object]) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in values))
+
+
+# -------------------------------------------------------------------------------------------------------------- extract
+def extraction_figure(traits: pd.DataFrame, blocks: pd.DataFrame) -> Figure:
+    """Left: what the opposing system prompts did to the trait score. Right: how stable the vector is at each block."""
+    figure, (left, right) = _figure(2, panel=(4.6, max(2.6, 0.5 + 0.42 * len(traits))))
+    y = np.arange(len(traits))[::-1]
+    left.hlines(y, traits["neg_score"], traits["pos_score"], color=PALE, linewidth=4)
+    left.scatter(traits["neg_score"], y, color=BLUE, s=36, zorder=3, label="suppressing prompt")
+    left.scatter(traits["pos_score"], y, color=RED, s=36, zorder=3, label="eliciting prompt")
+    left.set_yticks(y, [f"{t} ({k}/{n})" for t, k, n in zip(traits["trait"], traits["kept"], traits["pairs"], strict=True)])
+    left.set_xlim(-4, 104)
+    left.set_ylim(-0.7, len(traits) - 0.3)
+    left.set_xlabel("mean trait score of the answers", fontsize=9)
+    left.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    for i, (trait, part) in enumerate(blocks.groupby("trait", sort=False)):
+        style = LINES[i // len(CYCLE) % len(LINES)]
+        right.plot(part["block"], part["half_split_cosine"], style, color=CYCLE[i % len(CYCLE)], marker="o", ms=3, label=trait)
+    right.set_xlabel("block", fontsize=9)
+    right.set_ylabel("cosine of two halves' vectors", fontsize=9)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set_ylim(min(0.0, float(np.nanmin([*blocks["half_split_cosine"], 1.0])) - 0.05), 1.04)
+    right.legend(fontsize=7, frameon=False, loc="lower right")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+def layers_figure(table: pd.DataFrame) -> Figure:
+    """Steering effect by block, one panel a trait: trait score and coherence at equal strength; the choice is marked."""
+    traits = _names(table["trait"])
+    figure, axes = _figure(len(traits))
+    for ax, trait in zip(axes, traits, strict=True):
+        part = table[table["trait"] == trait].sort_values("block")
+        ax.plot(part["block"], part["trait_score"], color=BLUE, marker="o", ms=4, label="trait score")
+        ax.plot(part["block"], part["coherence"], color=GREY, ls="--", marker=".", label="coherence")
+        chosen = part[part["chosen"]]
+        ax.scatter(chosen["block"], chosen["trait_score"], s=120, facecolors="none", edgecolors=RED, linewidths=2, zorder=4)
+        _title(ax, trait, f"chosen: block {int(chosen['block'].iloc[0])}" if len(chosen) else "")
+        _score_axis(ax)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel("block", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False, loc="best")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------- steer
+def _curve(ax: Axes, part: pd.DataFrame, colour: str, label: str, *, band: bool = True) -> None:
+    part = part.sort_values("coef")
+    ax.plot(part["coef"], part["trait_score"], color=colour, marker="o", ms=4, lw=2, label=label)
+    ax.plot(part["coef"], part["coherence"], color=colour, ls=":", lw=1.3)
+    if band:
+        ax.fill_between(part["coef"], part["trait_low"], part["trait_high"], color=colour, alpha=0.15, linewidth=0)
+
+
+def _with_origin(part: pd.DataFrame, unsteered: pd.DataFrame) -> pd.DataFrame:
+    """A curve passes through the unsteered answers at strength 0."""
+    return pd.concat([unsteered.assign(coef=0.0), part]) if len(unsteered) else part
+
+
+def steering_figure(table: pd.DataFrame) -> Figure:
+    """Trait score (solid, 95% band) and coherence (dotted) against strength, with every control in the same panel."""
+    traits = _names(table["trait"])
+    figure, axes = _figure(len(traits))
+    unit = str(table["unit"].iloc[0])
+    for ax, trait in zip(axes, traits, strict=True):
+        part = table[table["trait"] == trait]
+        unsteered = part[part["condition"] == "unsteered"]
+        vector = part[part["condition"].isin(["vector", "sign flip"])]
+        for i, (block, rows) in enumerate(vector.groupby("block", sort=False)):
+            _curve(ax, _with_origin(rows, unsteered), CYCLE[i % len(CYCLE)], f"persona vector, block {block}")
+        random = part[part["condition"].str.startswith("random")]
+        for i, (_, rows) in enumerate(random.groupby(["condition", "block"], sort=False)):
+            _curve(ax, _with_origin(rows, unsteered), GREY, "random direction" if i == 0 else "_", band=False)
+        for condition, colour in (("prompt pos", ORANGE), ("prompt neg", GREEN)):
+            for value in part.loc[part["condition"] == condition, "trait_score"]:
+                name = "eliciting" if condition.endswith("pos") else "suppressing"
+                ax.axhline(value, color=colour, ls="--", lw=1.2, label=f"{name} prompt, no vector")
+        _title(ax, trait)
+        _score_axis(ax)
+        ax.set_xlabel(f"coefficient ({unit})", fontsize=9)
+    axes[0].set_ylabel("score; dotted: coherence", fontsize=9)
+    axes[0].legend(fontsize=6.5, frameon=True, framealpha=0.85, edgecolor="none", loc="best")
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------------- monitor
+def monitoring_figure(points: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
+    """Projection before the answer against the trait score of the answer; colour: how strongly the prompt asks for it."""
+    traits = _names(points["trait"])
+    figure, axes = _figure(len(traits))
+    colours = matplotlib.colormaps["viridis"]
+    for ax, trait in zip(axes, traits, strict=True):
+        part = points[points["trait"] == trait]
+        for kind, marker in (("system", "o"), ("many-shot", "^")):
+            rows = part[part["kind"] == kind]
+            if len(rows):
+                ranks = {level: i for i, level in enumerate(sorted(rows["level"].unique()))}
+                shade = [colours(0.92 * ranks[level] / max(1, len(ranks) - 1)) for level in rows["level"]]
+                ax.scatter(rows["projection"], rows["trait_score"], c=shade, marker=marker, s=16, alpha=0.8, label=kind, lw=0)
+        parts = []
+        for scope, name in (("overall", "r"), ("within", "within")):
+            row = correlations[
+                (correlations["trait"] == trait) & (correlations["scope"] == scope) & (correlations["kind"] == "all")
+            ]
+            if len(row):
+                parts.append(f"{name} = {row['r'].iloc[0]:.2f}")
+        _title(ax, trait, ", ".join(parts))
+        _score_axis(ax)
+        ax.set_xlabel("projection of the last prompt token", fontsize=9)
+    axes[0].set_ylabel("trait score of the answer", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False, loc="best")
+    return figure
+
+
+def trace_figure(trace: pd.DataFrame) -> Figure:
+    """Projection of every token of a conversation on each trait's direction; background: who speaks."""
+    conversations = _names(trace["conversation"])
+    figure, axes = _figure(len(conversations), columns=1, panel=(8.4, 2.6))
+    for ax, name in zip(axes, conversations, strict=True):
+        part = trace[trace["conversation"] == name]
+        for i, (trait, rows) in enumerate(part.groupby("trait", sort=False)):
+            style = LINES[i // len(CYCLE) % len(LINES)]
+            ax.plot(rows["index"], rows["projection"], style, color=CYCLE[i % len(CYCLE)], lw=1.3, label=trait)
+        one = part[part["trait"] == part["trait"].iloc[0]]
+        for role, colour in (("system", GREEN), ("user", YELLOW), ("assistant", SKY)):
+            inside = (one["role"] == role).to_numpy()
+            ax.fill_between(
+                one["index"], 0, 1, where=inside, color=colour, alpha=0.14, lw=0, transform=ax.get_xaxis_transform(), step="mid"
+            )
+        _title(ax, name, "shaded: system (green), user (yellow), assistant (blue)")
+        ax.set_xlabel("token", fontsize=9)
+        ax.set_ylabel("projection", fontsize=9)
+    axes[0].legend(fontsize=7, frameon=False, loc="best", ncols=2)
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------- run -> figures
+def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
+    """A table of a run, or None if the run has no such table."""
+    path = run.path / "tables" / f"{name}.csv"
+    return pd.read_csv(path) if path.is_file() else None
+
+
+_FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = {
+    "extract": [("extraction", extraction_figure, ("extraction", "blocks"))],
+    "layers": [("layers", layers_figure, ("layers",))],
+    "steer": [("steering", steering_figure, ("steering",))],
+    "monitor": [
+        ("monitoring", monitoring_figure, ("points", "correlations")),
+        ("trace", trace_figure, ("trace",)),
+    ],
+}
+
+
+def draw(run: RunDir | str | Path) -> list[Path]:
+    """Draw the figures of a run folder into its figures/ folder and give their paths.
+
+    Raises:
+        UserError: the folder is not a run folder, or its command has no figure.
+    """
+    run = run if isinstance(run, RunDir) else RunDir.read(run)
+    if run.command not in _FIGURES:
+        raise UserError(f"a run of `{run.command}` has no figure", expected=f"one of {', '.join(_FIGURES)}")
+    paths = []
+    for name, function, needed in _FIGURES[run.command]:
+        tables = [read_table(run, table) for table in needed]
+        if all(table is not None and len(table) for table in tables):
+            paths.append(_save(function(*tables), run.figure(name)))
+    return paths

@@ -1,0 +1,146 @@
+"""One self-contained HTML page from one run folder, or from a folder of run folders.
+
+Knows: the files of a run folder (config, environment, result.json, tables, figures) and a Jinja template.
+Does not know: models, judges, how any number was made. The page loads nothing: figures are embedded, there is no script.
+
+`result.json` of a stage may hold, for the page: `title`, `about`, `headline` [{label, value}], `notes` [str],
+`failures` [{what, n}], `prompts` [{label, text}] (what the chat template rendered) and `examples` [{label, text}].
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from pvsae.errors import UserError
+from pvsae.reports.figures import draw, read_table
+from pvsae.runs import RunDir, atomic_write_text, now, read_json
+
+MAX_ROWS = 60
+ORDER = ("extract", "layers", "steer", "monitor")
+CAPTIONS = {
+    "extraction": (
+        "Left: mean trait score of the answers under the suppressing and the eliciting system prompts; in brackets, the pairs "
+        "kept. Right: cosine of the vectors of two halves of the data; near 1, more data would not change the direction."
+    ),
+    "layers": "What adding the vector does at each block, at equal strength; the ring marks the chosen block.",
+    "steering": (
+        "Solid: trait score with its 95% interval. Dotted: coherence. Grey: random directions of the same length. Dashed: what "
+        "the system prompt alone does. Strength 0 is the unsteered model."
+    ),
+    "monitoring": (
+        "Each point is one prompt: where its last token lies along the vector before anything is answered, and how the answer "
+        "is then scored. Dark to light: from strongly suppressing to strongly eliciting prompts."
+    ),
+    "trace": "Projection of every token of a conversation on the vectors.",
+}
+
+
+def find_runs(folder: str | Path) -> list[RunDir]:
+    """The run folders in `folder` (itself, or its subfolders), in the order of the pipeline. UserError if there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"no such folder: {folder}", "a run folder, or a folder of run folders", "make one, e.g. with `pvsae demo`"
+        )
+    places = [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
+    runs = [RunDir.read(place) for place in places]
+    if not runs:
+        raise UserError(f"no run folder in {folder}", "config.json in it or in a subfolder", "give the folder named after --out")
+    return sorted(runs, key=lambda run: ORDER.index(run.command) if run.command in ORDER else len(ORDER))
+
+
+def write_report(folder: str | Path, out: str | Path | None = None, *, title: str = "Persona vectors") -> Path:
+    """Draw the figures of every run in `folder` and write report.html there (or to `out`). Gives the page's path.
+
+    Raises:
+        UserError: there is no run folder, or the page cannot be written.
+    """
+    runs = find_runs(folder)
+    out = Path(out) if out is not None else Path(folder) / "report.html"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=title, made=now(), sections=[_section(run) for run in runs], models=_models(runs)
+    )
+    atomic_write_text(out, page)
+    return out
+
+
+def _models(runs: list[RunDir]) -> str:
+    return ", ".join(dict.fromkeys(str(run.config["model"]) for run in runs if run.config.get("model"))) or "no model"
+
+
+def _section(run: RunDir) -> dict[str, Any]:
+    result_file = run.path / "result.json"
+    result = read_json(result_file, "the run's result") if result_file.is_file() else {}
+    environment_file = run.path / "environment.json"
+    environment = read_json(environment_file) if environment_file.is_file() else []
+    figures = draw(run)
+    trace = read_table(run, "trace")
+    return {
+        "id": run.path.name,
+        "command": run.command,
+        "finished": bool(result),
+        "result": result,
+        "failures": [f for f in result.get("failures", []) if f["n"]],
+        "figures": [{"name": f.stem, "data": _embedded(f), "caption": CAPTIONS.get(f.stem, "")} for f in figures],
+        "tables": [_table(path) for path in sorted((run.path / "tables").glob("*.csv")) if path.stem not in ("trace", "points")],
+        "traces": [] if trace is None else _traces(trace),
+        "config": json.dumps({"seed": run.seed, **run.config}, indent=2, ensure_ascii=False),
+        "environment": json.dumps(environment[-1] if environment else {}, indent=2, ensure_ascii=False),
+        "sessions": len(environment),
+    }
+
+
+def _embedded(figure: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(figure.read_bytes()).decode("ascii")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    frame = pd.read_csv(path)
+    return {
+        "name": path.stem,
+        "columns": [str(column) for column in frame.columns],
+        "rows": [[_cell(value) for value in row] for row in frame.head(MAX_ROWS).itertuples(index=False)],
+        "left": max(0, len(frame) - MAX_ROWS),
+        "file": f"tables/{path.name}",
+    }
+
+
+def _cell(value: Any) -> dict[str, Any]:
+    """Text of a table cell, and whether it is a number (numbers are set flush right)."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return {"text": "–", "number": True}
+        return {"text": f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}", "number": True}
+    return {"text": str(value), "number": isinstance(value, int) and not isinstance(value, bool)}
+
+
+def _traces(trace: pd.DataFrame) -> list[dict[str, Any]]:
+    """Coloured tokens of each conversation and trait: blue below, red above the trait's mean projection in that conversation."""
+    out = []
+    for (conversation, trait), part in trace.groupby(["conversation", "trait"], sort=False):
+        values = part["projection"].to_numpy(dtype=float)
+        centre, spread = values.mean(), max(1e-9, float(abs(values - values.mean()).max()))
+        tokens = [
+            {"text": str(token), "value": f"{value:+.2f}", "role": role, "colour": _colour((value - centre) / spread)}
+            for token, value, role in zip(part["token"].fillna(""), values, part["role"], strict=True)
+        ]
+        out.append({"conversation": conversation, "trait": trait, "tokens": tokens})
+    return out
+
+
+def _colour(x: float) -> str:
+    """White at 0, red at +1, blue at -1, as a CSS colour."""
+    x = max(-1.0, min(1.0, x))
+    hot = (213, 94, 0) if x > 0 else (0, 114, 178)
+    red, green, blue = (round(255 + (c - 255) * abs(x) * 0.75) for c in hot)
+    return f"rgb({red},{green},{blue})"

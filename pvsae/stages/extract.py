@@ -1,0 +1,214 @@
+"""Stage `extract`: from a trait's texts to its persona vectors (paper, section 2.2).
+
+Knows: the order of the work for each trait, its files and its table.
+Does not know: how answers are generated or judged, or how a vector is computed (vectors/ does).
+
+In the run folder, a trait each: NAME/rollouts_pos, NAME/rollouts_neg (judged answers) and NAME/vectors/vectors.safetensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from pvsae.errors import UserError
+from pvsae.runs import RunDir
+from pvsae.stages.inputs import Setup, open_judge, open_model, open_run, open_traits, pin_inputs
+
+if TYPE_CHECKING:
+    from pvsae.judges.base import Judge
+    from pvsae.models import ChatModel
+    from pvsae.traits import TraitArtifacts
+    from pvsae.vectors import PersonaVectors, Rollouts
+
+N_EXAMPLES = 2  # answers a polarity and trait that the report shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(Setup):
+    """How vectors are extracted; the defaults are the paper's (5 instructions x 20 questions x 10 samples a polarity).
+
+    Attributes:
+        n_samples: answers a question and instruction.
+        max_questions, max_instructions: use only the first so many; None uses all.
+        threshold: a pair counts when pos scores at least this and neg less than 100 minus this (0-100).
+        rollouts_url, rollouts_model: let an OpenAI-compatible server (e.g. vLLM) that serves the same model answer instead.
+    """
+
+    n_samples: int = 10
+    max_questions: int | None = None
+    max_instructions: int | None = None
+    threshold: float = 50.0
+    rollouts_url: str | None = None
+    rollouts_model: str | None = None
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """Vectors and judged answers a trait; `table` has a row a trait, `blocks` a row a trait and block."""
+
+    vectors: dict[str, PersonaVectors]
+    table: pd.DataFrame
+    blocks: pd.DataFrame
+    path: Path
+
+
+def run(
+    config: ExtractConfig, run_dir: RunDir | str | Path, *, model: ChatModel | None = None, judge: Judge | None = None
+) -> ExtractResult:
+    """Extract the vectors of every trait of the config into a run folder; go on with what an earlier session left.
+
+    Args:
+        run_dir: a path, or an open run folder.
+        model, judge: to use instead of loading those that the config names.
+
+    Raises:
+        UserError: bad options or inputs, a server that does not answer, activations that are not finite, or traits of which
+            no pair of answers passed the filter (raised at the end, when all other traits are done and saved).
+    """
+    from pvsae.vectors import PersonaVectors
+    from pvsae.vectors.extract import extract
+
+    folder = open_run(run_dir, "extract", config)
+    model = model or open_model(config)
+    traits = open_traits(config, model)
+    pin_inputs(folder, traits)
+    judge = judge or open_judge(config, model, folder)
+    answerer = model if config.rollouts_url is None else _server(config)
+    vectors: dict[str, PersonaVectors] = {}
+    rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
+    empty: dict[str, UserError] = {}
+    for artifacts in traits:
+        pos, neg = (_rollouts(config, folder, artifacts, polarity, answerer, judge) for polarity in ("pos", "neg"))
+        rollouts[artifacts.name] = pos, neg
+        try:
+            vectors[artifacts.name] = folder.do(
+                f"{artifacts.name}/vectors",
+                lambda pos=pos, neg=neg, artifacts=artifacts: extract(
+                    model, pos, neg, threshold=config.threshold, seed=config.seed, progress=f"{artifacts.name} vectors"
+                ),
+                lambda value, where: value.save(where / "vectors.safetensors"),
+                lambda where: PersonaVectors.load(where / "vectors.safetensors"),
+            )
+        except UserError as error:
+            if "passes the filter" not in error.what:
+                raise
+            empty[artifacts.name] = error
+    if not vectors:
+        raise next(iter(empty.values()))
+    table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name)) for name in rollouts])
+    blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
+    folder.table("extraction", table)
+    folder.table("blocks", blocks)
+    folder.result(_summary(table, blocks, rollouts, model, judge, empty))
+    if empty:
+        first = next(iter(empty.values()))
+        raise UserError(f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix)
+    return ExtractResult(vectors, table, blocks, folder.path)
+
+
+def _server(config: ExtractConfig) -> Any:
+    from pvsae.llm import ChatClient
+    from pvsae.models.remote import RemoteModel
+
+    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model))
+
+
+def _rollouts(
+    config: ExtractConfig, folder: RunDir, artifacts: TraitArtifacts, polarity: str, answerer: Any, judge: Judge
+) -> Rollouts:
+    """Judged answers of one polarity: a step whose parts (answers, then scores) survive a kill."""
+    from pvsae.vectors import Rollouts, generate_rollouts, judge_rollouts
+
+    name = f"{artifacts.name}/rollouts_{polarity}"
+
+    def compute() -> Rollouts:
+        answers = generate_rollouts(
+            answerer,
+            artifacts,
+            polarity,
+            n_samples=config.n_samples,
+            sampling=config.sampling(),
+            max_questions=config.max_questions,
+            max_instructions=config.max_instructions,
+            batch_size=config.batch_size,
+            parts=folder.parts(name) / "answers",
+            progress=f"{artifacts.name} {polarity} answers",
+        )
+        return judge_rollouts(
+            answers, judge, artifacts, parts=folder.parts(name) / "scores", progress=f"{artifacts.name} {polarity} scores"
+        )
+
+    return folder.do(
+        name,
+        compute,
+        lambda value, where: value.save(where / "rollouts.parquet"),
+        lambda where: Rollouts.load(where / "rollouts.parquet"),
+    )
+
+
+def _trait_row(trait: str, pos: Rollouts, neg: Rollouts, vectors: PersonaVectors | None) -> dict[str, Any]:
+    from pvsae.vectors import filter_pairs
+
+    pairs = filter_pairs(pos, neg, trait) if vectors is None else None
+    counts = vectors.meta["counts"] if vectors is not None else None
+    dropped = counts["dropped"] if counts else pairs.dropped if pairs else {}
+    up, down = pos.means(), neg.means()
+    return {
+        "trait": trait,
+        "pairs": len(pos),
+        "kept": counts["kept"] if counts else 0,
+        "pos_score": up["trait"],
+        "neg_score": down["trait"],
+        "pos_coherence": up["coherence"],
+        "neg_coherence": down["coherence"],
+        "failed_scores": int(up["failed"]) + int(down["failed"]),
+        **{f"dropped_{reason}": count for reason, count in dropped.items()},
+    }
+
+
+def _block_rows(vectors: PersonaVectors) -> pd.DataFrame:
+    """A row a block: norm of the vector, its half-split cosines, and the norm of the mean residual it is to be compared with."""
+    numbers = vectors.diagnostics["response_avg_diff"]
+    return pd.DataFrame({"trait": vectors.trait, "block": range(vectors.n_blocks), **numbers})
+
+
+def _summary(
+    table: pd.DataFrame,
+    blocks: pd.DataFrame,
+    rollouts: dict[str, tuple[Rollouts, Rollouts]],
+    model: ChatModel,
+    judge: Judge,
+    empty: dict[str, UserError],
+) -> dict[str, Any]:
+    prompts, examples = [], []
+    for name, (pos, neg) in rollouts.items():
+        for polarity, part in (("eliciting", pos), ("suppressing", neg)):
+            prompts.append({"label": f"{name}, {polarity}", "text": str(part.table["prompt"].iloc[0])})
+            for _, row in part.table.head(N_EXAMPLES).iterrows():
+                label = f"{name}, {polarity}: {row['question']} (trait {row[name]:.0f}, coherence {row['coherence']:.0f})"
+                examples.append({"label": label, "text": row["answer"]})
+    best = blocks.groupby("trait", sort=False)["half_split_cosine"].max()
+    return {
+        "title": "Extraction",
+        "about": (
+            "For each trait the model answered the same questions under system prompts that ask for the trait and under their "
+            "twins that forbid it. The vector is the difference of the mean residuals over the answers' tokens."
+        ),
+        "headline": [
+            {"label": "traits", "value": len(table)},
+            {"label": "pairs kept", "value": f"{table['kept'].sum()} of {table['pairs'].sum()}"},
+            {"label": "judge", "value": judge.name},
+            {"label": "half-split cosine, worst trait at its best block", "value": f"{best.min():.3f}"},
+        ],
+        "notes": [f"Chat template: {note}" for note in model.chat.notes],
+        "failures": [
+            {"what": "scores that the judge did not give (rows left out and counted)", "n": int(table["failed_scores"].sum())},
+            *({"what": error.what, "n": 1} for error in empty.values()),
+        ],
+        "prompts": prompts,
+        "examples": examples,
+    }

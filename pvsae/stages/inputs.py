@@ -1,0 +1,205 @@
+"""What every stage starts from: which model, which judge, which traits, which vectors, which blocks.
+
+Knows: the options that all stages share, and how a name in a config becomes a model, a judge, trait texts or vectors.
+Does not know: what a stage does with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvsae.errors import UserError
+from pvsae.runs import RunDir, read_json
+
+if TYPE_CHECKING:
+    from pvsae.judges.base import Judge
+    from pvsae.models import ChatModel
+    from pvsae.models.generate import Sampling
+    from pvsae.traits import TraitArtifacts
+    from pvsae.vectors import PersonaVectors
+
+# What may change between two sessions of one run: it says how far or how fast to go, not what comes out.
+_NOT_IDENTITY = frozenset({"max_cost", "judge_cache", "batch_size"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Options that all stages share.
+
+    Attributes:
+        model: "organism", a local folder, or a hub id.
+        adapter: a PEFT adapter's folder or id.
+        dtype, device: as `load` takes them.
+        judge: "openai:MODEL", "local:MODEL" or a judge's name; None takes the one that the model's folder names.
+        judge_url: base URL of an OpenAI-compatible server for an "openai:" judge.
+        judge_cache: SQLite file of judge replies; None keeps it in the run folder.
+        max_cost: stop asking the judge beyond this many dollars (needs a judge with known prices).
+        traits: names, or LIBRARY/NAME, or a trait's JSON file; empty takes all traits of the library.
+        library: folder of traits; None takes the model's own, else the built-in library.
+        max_new_tokens, temperature, top_p: how answers are sampled.
+        batch_size: answers generated at once.
+        seed: all random numbers of the run come from it.
+    """
+
+    model: str = "organism"
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    judge: str | None = None
+    judge_url: str | None = None
+    judge_cache: str | None = None
+    max_cost: float | None = None
+    traits: tuple[str, ...] = ()
+    library: str | None = None
+    max_new_tokens: int = 1000
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 32
+    seed: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """The options that a run's numbers depend on; a run folder is resumed only under the same ones."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IDENTITY}
+
+    def sampling(self) -> Sampling:
+        from pvsae.models import Sampling
+
+        return Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+def open_run(run_dir: RunDir | str | Path, command: str, setup: Setup) -> RunDir:
+    """The run folder of a stage: a path is opened (or resumed) under the setup's identity, a RunDir is taken as it is."""
+    return run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, command, setup.identity(), setup.seed)
+
+
+def open_model(setup: Setup) -> ChatModel:
+    """Load the model that the setup names. UserError where there is no such model."""
+    from pvsae.models import load
+
+    return load(setup.model, adapter=setup.adapter, dtype=setup.dtype, device=setup.device)
+
+
+def open_judge(setup: Setup, model: ChatModel, run: RunDir) -> Judge:
+    """The judge that the setup names, else the one that the model's folder brings. UserError where there is neither."""
+    from pvsae.judges import load_judge
+
+    spec = setup.judge or model.defaults.get("judge")
+    if not spec:
+        raise UserError(
+            f"no judge for {model.name}",
+            "--judge openai:MODEL (with OPENAI_API_KEY, or --judge-url for a server of yours) or --judge local:MODEL",
+            "to try it without a server: --judge local:" + str(setup.model),
+        )
+    if not spec.startswith("openai:"):
+        return load_judge(spec)
+    cache = Path(setup.judge_cache) if setup.judge_cache else run.path / "judge_cache.sqlite"
+    return load_judge(spec, base_url=setup.judge_url, cache=cache, max_cost=setup.max_cost)
+
+
+def trait_library(setup: Setup, model: ChatModel | None) -> Path | None:
+    """The folder of traits to use: the given one, else the model's own; None stands for the built-in library."""
+    if setup.library:
+        return Path(setup.library)
+    own = model.defaults.get("traits") if model is not None else None
+    if not own:
+        return None
+    return Path(own) if model is None or model.path is None else Path(model.path) / own
+
+
+def open_traits(setup: Setup, model: ChatModel | None) -> list[TraitArtifacts]:
+    """The traits of the setup, in the order given; all of the library if none is given. UserError names what is wrong."""
+    from pvsae.traits import list_traits, load_trait
+
+    library = trait_library(setup, model)
+    names = setup.traits or list_traits(library)
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise UserError(f"trait {twice[0]!r} is given twice", "each trait once")
+    return [load_trait(name, library) for name in names]
+
+
+def open_vectors(path: str | Path, trait: str, model: ChatModel) -> PersonaVectors:
+    """A trait's vectors, checked against the model.
+
+    Args:
+        path: the run folder of an extraction, a .safetensors file that it wrote, or an official .pt file.
+
+    Raises:
+        UserError: nothing there, another trait, or another shape than the model's.
+    """
+    from pvsae.vectors import PersonaVectors, read_official
+
+    path = Path(path)
+    if path.suffix == ".pt":
+        found = read_official(path)
+    elif path.suffix == ".safetensors":
+        found = PersonaVectors.load(path)
+    elif path.is_dir():
+        file = path / trait / "vectors" / "vectors.safetensors"
+        if not file.is_file():
+            known = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+            raise UserError(
+                f"no vectors of {trait!r} in {path}",
+                f"one of {', '.join(known)}" if known else "the run folder of `pvsae extract`",
+                f"pvsae extract --traits {trait} --out ...",
+            )
+        found = PersonaVectors.load(file)
+    else:
+        raise UserError(
+            f"no vectors at {path}", "the run folder of `pvsae extract`, a .safetensors or an official .pt file", "check the path"
+        )
+    if found.trait != trait:
+        raise UserError(f"{path} holds vectors of {found.trait!r}", f"vectors of {trait!r}", f"--traits {found.trait}")
+    return found.check_model(model)
+
+
+def chosen_block(trait: str, model: ChatModel, layers: str | Path | None) -> int:
+    """The block to read and steer at: what a `pvsae layers` run chose, else the model's own default, else two thirds up.
+
+    The last is only where the published models were best (about 0.55 to 0.7 of the depth); `pvsae layers` measures it.
+    """
+    if layers is not None:
+        file = Path(layers) / "result.json"
+        blocks = read_json(file, "result of a `pvsae layers` run").get("blocks", {})
+        if trait not in blocks:
+            raise UserError(f"{file} chose no block for {trait!r}", f"one of {', '.join(blocks) or 'the traits of that run'}")
+        return int(blocks[trait])
+    default = model.defaults.get("block")
+    return int(default) if default is not None else min(model.n_blocks - 1, round(0.65 * model.n_blocks))
+
+
+def check_blocks(blocks: Sequence[int], model: ChatModel) -> tuple[int, ...]:
+    """The blocks, each of which the model must have. UserError otherwise; negative numbers are not wrapped."""
+    for block in blocks:
+        if not 0 <= block < model.n_blocks:
+            raise UserError(
+                f"block {block} does not exist in {model.name}",
+                f"a block index from 0 to {model.n_blocks - 1}, counted from 0 (the paper's layer L is block L - 1)",
+            )
+    return tuple(dict.fromkeys(blocks))
+
+
+def pin_inputs(run: RunDir, traits: Sequence[TraitArtifacts], vectors: Mapping[str, PersonaVectors] | None = None) -> None:
+    """Remember the content of what a run was started with, and refuse to go on with other texts or vectors under the same name.
+
+    Raises:
+        UserError: a trait's texts or its vectors are not those that the run began with.
+    """
+    now = {f"texts of {t.name}": t.sha256 for t in traits}
+    for name, found in (vectors or {}).items():
+        digest = hashlib.sha256()
+        for statistic in found.statistics:
+            digest.update(found.of(statistic).numpy().tobytes())
+        now[f"vectors of {name}"] = digest.hexdigest()
+    before = run.do_json("inputs", lambda: now)
+    changed = [what for what in now if before.get(what) != now[what]]
+    if changed:
+        raise UserError(
+            f"the {', the '.join(changed)} changed since the run in {run.path} began",
+            "the same inputs until a run is finished",
+            "choose another --out, or delete that folder",
+        )

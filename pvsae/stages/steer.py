@@ -1,0 +1,340 @@
+"""Stage `steer`: what adding a persona vector does, with every control in the same table (paper, section on steering).
+
+Knows: the sweep (blocks, strengths), its controls, how rows of one condition become one row of the table.
+Does not know: what an addition does to the model (models/), how answers are scored (judges/).
+
+Controls, always: no steering; a random direction of the same length (several draws); the same vector with the sign flipped;
+and the system prompts alone, without a vector. A row's sampling noise depends on question and sample only, so conditions differ by
+what was done to the model and not by luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pvsae.errors import UserError
+from pvsae.runs import RunDir
+from pvsae.stages.inputs import (
+    Setup,
+    check_blocks,
+    chosen_block,
+    open_judge,
+    open_model,
+    open_run,
+    open_traits,
+    open_vectors,
+    pin_inputs,
+)
+from pvsae.stages.statistics import mean_ci
+from pvsae.stages.strength import UNITS, calibrate, gap_in_raw, mean_kl
+from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
+from pvsae.vectors.rollouts import Rollouts, Task, generate_tasks, judge_rollouts
+
+if TYPE_CHECKING:
+    from pvsae.judges.base import Judge
+    from pvsae.models import Add, ChatModel
+    from pvsae.traits import TraitArtifacts
+
+ALL_BLOCKS = "incremental"  # the table's name for the multi-layer form
+UNDER = ("none", "pos", "neg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig(Setup):
+    """What to sweep.
+
+    Attributes:
+        vectors: the run folder of `pvsae extract`, or a vector file.
+        layers: run folder of `pvsae layers`, whose choice of block is used where `blocks` is empty.
+        blocks: blocks to steer at, one at a time.
+        multi_layer: steer all blocks at once with the incremental vectors, instead of one block.
+        coefs: strengths, in `unit`.
+        unit: "raw", "gap" or "kl" (see strength.py).
+        positions: "response", "prompt" or "all".
+        statistic: which vector of the file.
+        under: system prompt during steering: "none", or the trait's eliciting ("pos") or suppressing ("neg") instructions.
+        n_random: random directions per strength.
+        max_questions, n_samples: evaluation questions used (None: all), answers to each.
+        kl_rows: unsteered answers on which a "kl" strength is calibrated.
+    """
+
+    vectors: str
+    layers: str | None = None
+    blocks: tuple[int, ...] = ()
+    multi_layer: bool = False
+    coefs: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5)
+    unit: str = "raw"
+    positions: str = "all"
+    statistic: str = DEFAULT_STATISTIC
+    under: str = "none"
+    n_random: int = 2
+    max_questions: int | None = None
+    n_samples: int = 1
+    kl_rows: int = 16
+
+
+@dataclass(frozen=True)
+class SteerResult:
+    """`table`: a row a trait and condition: trait, condition, block, coef, unit, raw_coef, positions, under, trait_score with
+    its 95% interval, coherence with its, n (answers), n_failed_trait and n_failed_coherence (answers without that score)."""
+
+    table: pd.DataFrame
+    path: Path
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to treat the model. `matrix` [n_blocks, d_model] holds the direction at every block; None adds nothing."""
+
+    name: str
+    system: str
+    block: int | str = "-"
+    coef: float = 0.0
+    matrix: Float[Tensor, "n_blocks d_model"] | None = None
+
+    @property
+    def slug(self) -> str:
+        at = "" if self.matrix is None else f"_block-{self.block}_coef{self.coef:+g}"
+        return self.name.replace(" ", "-") + at
+
+
+def tasks_under(artifacts: TraitArtifacts, system: str, n_samples: int, max_questions: int | None) -> list[Task]:
+    """Evaluation questions under no system prompt ("none") or under the trait's instructions, which take turns by question."""
+    from pvsae.traits import system_message
+
+    tasks = []
+    for i, question in enumerate(artifacts.eval_questions[:max_questions]):
+        k = i % len(artifacts.pairs)
+        message = None
+        if system != "none":
+            name = artifacts.name if system == "pos" else "helpful"
+            message = system_message(name, getattr(artifacts.pairs[k], system))
+        index = -1 if message is None else k
+        tasks += [Task(f"{artifacts.name}_{i}", question, i, index, s, system, message) for s in range(n_samples)]
+    return tasks
+
+
+def random_like(matrix: Float[Tensor, "n_blocks d_model"], seed: int) -> Float[Tensor, "n_blocks d_model"]:
+    """One random direction at every block, with the length that the vector has at that block."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(matrix.shape[1], generator=generator)
+    return matrix.norm(dim=1, keepdim=True) * (direction / direction.norm())
+
+
+def additions(
+    matrix: Float[Tensor, "n_blocks d_model"], block: int | str, coef: float, positions: str, ref: str
+) -> tuple[Add, ...]:
+    """One addition at a block, or the incremental ones at every block. `coef` is raw."""
+    from pvsae.models import Add, Direction, incremental
+
+    if block == ALL_BLOCKS:
+        return incremental(matrix, coef, positions, ref)
+    assert isinstance(block, int)
+    return (Add(Direction(matrix[block], f"{ref}/block{block}"), block, coef, positions),)
+
+
+def run(
+    config: SteerConfig, run_dir: RunDir | str | Path, *, model: ChatModel | None = None, judge: Judge | None = None
+) -> SteerResult:
+    """Steer every trait of the config over the sweep and its controls; a condition is a step, so a killed run goes on.
+
+    Raises:
+        UserError: bad options, vectors of another trait or shape, a block that does not exist.
+    """
+    _check(config)
+    folder = open_run(run_dir, "steer", config)
+    model = model or open_model(config)
+    traits = open_traits(config, model)
+    vectors = {t.name: open_vectors(config.vectors, t.name, model) for t in traits}
+    blocks = {t.name: _blocks(config, t.name, model, vectors[t.name]) for t in traits}
+    pin_inputs(folder, traits, vectors)
+    judge = judge or open_judge(config, model, folder)
+    rows, prompts, examples = [], [], []
+    for artifacts in traits:
+        sweep = _Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])
+        for condition in _conditions(config, vectors[artifacts.name], blocks[artifacts.name]):
+            rollouts, raw = sweep.answers(condition)
+            rows.append(_row(config, artifacts.name, condition, raw, rollouts))
+            first = rollouts.table.iloc[0]
+            examples.append({"label": f"{artifacts.name}, {condition.slug}: {first['question']}", "text": first["answer"]})
+            if condition.name in ("unsteered", "prompt pos"):
+                prompts.append({"label": f"{artifacts.name}, {condition.name}", "text": first["prompt"]})
+    table = pd.DataFrame(rows)
+    folder.table("steering", table)
+    folder.result(_summary(config, table, prompts, examples, judge))
+    return SteerResult(table, folder.path)
+
+
+def _check(config: SteerConfig) -> None:
+    if config.unit not in UNITS:
+        raise UserError(f"unknown unit {config.unit!r}", f"one of {', '.join(UNITS)}")
+    if config.under not in UNDER:
+        raise UserError(f"unknown prompt {config.under!r}", f"one of {', '.join(UNDER)}")
+    if not config.coefs or 0 in config.coefs:
+        raise UserError(f"coefs are {list(config.coefs)}", "at least one strength, none of them 0 (unsteered is always there)")
+    if config.multi_layer and config.blocks:
+        raise UserError("both blocks and multi_layer are given", "one of them", "multi_layer steers every block")
+    if config.multi_layer and config.unit == "gap" and config.statistic != DEFAULT_STATISTIC:
+        raise UserError("the unit 'gap' differs from block to block here", "--unit raw or kl with multi_layer")
+
+
+def _blocks(config: SteerConfig, trait: str, model: ChatModel, vectors: PersonaVectors) -> tuple[int | str, ...]:
+    if config.multi_layer:
+        return (ALL_BLOCKS,)
+    blocks = check_blocks(config.blocks, model) or (chosen_block(trait, model, config.layers),)
+    return tuple(vectors.check_block(block) for block in blocks)
+
+
+def _conditions(config: SteerConfig, vectors: PersonaVectors, blocks: Sequence[int | str]) -> Iterator[Condition]:
+    """Everything that is measured, unsteered first. Flips that the sweep holds anyway are not done twice."""
+    matrix = vectors.of(config.statistic)
+    if config.multi_layer and vectors.missing_blocks:
+        matrix = matrix[: min(vectors.missing_blocks)]
+    yield Condition("unsteered", config.under)
+    for polarity in ("pos", "neg"):
+        if polarity != config.under:
+            yield Condition(f"prompt {polarity}", polarity)
+    for block in blocks:
+        for coef in config.coefs:
+            yield Condition("vector", config.under, block, coef, matrix)
+        for coef in config.coefs:
+            if -coef not in config.coefs:
+                yield Condition("sign flip", config.under, block, -coef, matrix)
+        for k in range(config.n_random):
+            control = random_like(matrix, seed=1_000_003 * (config.seed + 1) + k)
+            for coef in config.coefs:
+                yield Condition(f"random {k}", config.under, block, coef, control)
+
+
+class _Sweep:
+    """The conditions of one trait: generates, judges and remembers each as a step of the run."""
+
+    def __init__(
+        self,
+        config: SteerConfig,
+        folder: RunDir,
+        model: ChatModel,
+        judge: Judge,
+        artifacts: TraitArtifacts,
+        vectors: PersonaVectors,
+    ) -> None:
+        self.config, self.folder, self.model, self.judge = config, folder, model, judge
+        self.artifacts, self.vectors = artifacts, vectors
+
+    def answers(self, condition: Condition) -> tuple[Rollouts, float]:
+        """Judged answers under a condition, and the raw coefficient that its strength came to."""
+        raw = self.raw_coef(condition)
+        name = f"{self.artifacts.name}/{condition.slug}"
+
+        def compute() -> Rollouts:
+            edits = (
+                ()
+                if condition.matrix is None
+                else additions(condition.matrix, condition.block, raw, self.config.positions, condition.slug)
+            )
+            answers = generate_tasks(
+                self.model,
+                tasks_under(self.artifacts, condition.system, self.config.n_samples, self.config.max_questions),
+                {"trait": self.artifacts.name, "condition": condition.name},
+                sampling=self.config.sampling(),
+                interventions=edits,
+                batch_size=self.config.batch_size,
+                parts=self.folder.parts(name) / "answers",
+                progress=name,
+            )
+            return judge_rollouts(answers, self.judge, self.artifacts, parts=self.folder.parts(name) / "scores")
+
+        rollouts = self.folder.do(
+            name,
+            compute,
+            lambda value, where: value.save(where / "rollouts.parquet"),
+            lambda where: Rollouts.load(where / "rollouts.parquet"),
+        )
+        return rollouts, raw
+
+    def raw_coef(self, condition: Condition) -> float:
+        """The raw coefficient of a condition. A random direction takes the vector's, so that the lengths are the same."""
+        if condition.matrix is None or self.config.unit == "raw":
+            return condition.coef
+        if self.config.unit == "gap":
+            if condition.block == ALL_BLOCKS:
+                return condition.coef
+            assert isinstance(condition.block, int)
+            return condition.coef * gap_in_raw(self.vectors, condition.block, self.config.statistic)
+        name = f"{self.artifacts.name}/kl_block-{condition.block}_{condition.coef:+g}"
+        return float(self.folder.do_json(name, lambda: self._calibrate(condition.block, condition.coef)))
+
+    def _calibrate(self, block: int | str, target: float) -> float:
+        from pvsae.vectors.extract import render_rows
+
+        unsteered, _ = self.answers(Condition("unsteered", self.config.under))
+        answered = [i for i, text in enumerate(unsteered.table["answer"]) if text]
+        rows = render_rows(self.model, unsteered, answered[: self.config.kl_rows])
+        matrix = self.vectors.of(self.config.statistic)
+        return calibrate(
+            lambda coef: mean_kl(self.model, rows, additions(matrix, block, coef, self.config.positions, "kl")), target
+        )
+
+
+def _row(config: SteerConfig, trait: str, condition: Condition, raw: float, rollouts: Rollouts) -> dict[str, Any]:
+    questions = rollouts.table["question_index"].tolist()
+    score = mean_ci(rollouts.table[trait], questions, seed=config.seed)
+    coherence = mean_ci(rollouts.table["coherence"], questions, seed=config.seed)
+    return {
+        "trait": trait,
+        "condition": condition.name,
+        "block": condition.block,
+        "coef": condition.coef,
+        "unit": config.unit,
+        "raw_coef": raw,
+        "positions": "-" if condition.matrix is None else config.positions,
+        "under": condition.system,
+        "trait_score": score.value,
+        "trait_low": score.low,
+        "trait_high": score.high,
+        "coherence": coherence.value,
+        "coherence_low": coherence.low,
+        "coherence_high": coherence.high,
+        "n": len(rollouts),
+        "n_failed_trait": score.n_missing,
+        "n_failed_coherence": coherence.n_missing,
+    }
+
+
+def _summary(
+    config: SteerConfig, table: pd.DataFrame, prompts: list[dict[str, str]], examples: list[dict[str, str]], judge: Judge
+) -> dict[str, Any]:
+    headline: list[dict[str, Any]] = [
+        {"label": "unit of strength", "value": config.unit},
+        {"label": "judge", "value": judge.name},
+    ]
+    for trait, part in table.groupby("trait", sort=False):
+        plain = part.loc[part["condition"] == "unsteered", "trait_score"].iloc[0]
+        strong = part[(part["condition"] == "vector") & (part["coherence"] >= 75)]
+        best = strong.loc[strong["trait_score"].idxmax()] if strong["trait_score"].notna().any() else None
+        value = f"{plain:.0f} unsteered; no strength keeps coherence at 75"
+        if best is not None:
+            value = f"{plain:.0f} to {best['trait_score']:.0f} at {best['coef']:g} (coherence {best['coherence']:.0f})"
+        headline.append({"label": str(trait), "value": value})
+    return {
+        "title": "Steering",
+        "about": (
+            "The vector was added to the residual stream while the model answered the evaluation questions"
+            + (" without any system prompt." if config.under == "none" else f" under its {config.under} system prompts.")
+        ),
+        "headline": headline,
+        "failures": [
+            {"what": "answers without a trait score (left out of the mean)", "n": int(table["n_failed_trait"].sum())},
+            {"what": "answers without a coherence score (left out of the mean)", "n": int(table["n_failed_coherence"].sum())},
+        ],
+        "prompts": prompts,
+        "examples": examples,
+    }

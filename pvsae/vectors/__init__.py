@@ -1,0 +1,63 @@
+"""From judged rollouts to persona vectors: rollouts, extraction, the vector file, foreign formats, layer choice.
+
+Knows: the names below and where they live; nothing is imported before it is asked for.
+Does not know: how a stage uses a vector.
+
+`pvsae.vectors.extract` is a module; its function is `pvsae.vectors.extract.extract` (short: `pvsae.extract`). A package attribute
+of the same name would be the module or the function depending on who imported what first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pvsae.vectors.extract import filter_pairs
+    from pvsae.vectors.formats import read_gguf, read_official, read_official_set, write_gguf, write_official
+    from pvsae.vectors.layers import LayerChoice, choose_layer
+    from pvsae.vectors.persona import STATISTICS, PersonaVectors
+    from pvsae.vectors.reference import reference_hidden_state_means
+    from pvsae.vectors.rollouts import Rollouts, generate_rollouts, judge_rollouts
+
+_HOME = {
+    "STATISTICS": "persona",
+    "PersonaVectors": "persona",
+    "Rollouts": "rollouts",
+    "generate_rollouts": "rollouts",
+    "judge_rollouts": "rollouts",
+    "filter_pairs": "extract",
+    "reference_hidden_state_means": "reference",
+    "read_official": "formats",
+    "read_official_set": "formats",
+    "write_official": "formats",
+    "read_gguf": "formats",
+    "write_gguf": "formats",
+    "LayerChoice": "layers",
+    "choose_layer": "layers",
+}
+
+__all__ = [
+    "STATISTICS",
+    "LayerChoice",
+    "PersonaVectors",
+    "Rollouts",
+    "choose_layer",
+    "filter_pairs",
+    "generate_rollouts",
+    "judge_rollouts",
+    "read_gguf",
+    "read_official",
+    "read_official_set",
+    "reference_hidden_state_means",
+    "write_gguf",
+    "write_official",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
