@@ -10,6 +10,7 @@ a real model behind its own chat template.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -194,6 +195,7 @@ class FakeServer:
         self.lock = threading.Lock()
         self.most_at_once = self._at_once = 0
         self.closing = threading.Event()
+        self.connections: set[socket.socket] = set()
         server = self
 
         class Handler(_Handler):
@@ -217,6 +219,9 @@ class FakeServer:
         self.closing.set()
         self._http.shutdown()
         self._http.server_close()
+        for connection in list(self.connections):  # a server that is gone leaves no connection open
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def enter(self, body: dict[str, Any]) -> tuple[Entry, int]:
         """Log a request; returns its entry and how many equal ones went wrong before."""
@@ -301,6 +306,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body go out in two writes; do not wait for an acknowledgement between
     owner: FakeServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.owner.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.owner.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on stderr."""

@@ -12,10 +12,10 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-from fake_server import FakeServer, Faults, TellsNumbers
 
 from pvsae.errors import UserError
 from pvsae.llm import MAX_COST_REACHED, ChatClient, Request, request_key, retry_after
+from tests.fake_server import FakeServer, Faults, TellsNumbers
 
 
 def ask(text: str, **changes) -> Request:
@@ -168,7 +168,10 @@ def test_retry_after_is_waited_for():
 
 
 def test_a_wait_of_hours_fails_the_item():
-    with FakeServer(TellsNumbers(), faults=Faults(too_many=1.0, retry_after=7200)) as server, client(server, max_retries=1) as chat:
+    with (
+        FakeServer(TellsNumbers(), faults=Faults(too_many=1.0, retry_after=7200)) as server,
+        client(server, max_retries=1) as chat,
+    ):
         started = time.monotonic()
         replies = chat.complete([ask(str(n)) for n in range(6)])
         assert time.monotonic() - started < 5

@@ -59,7 +59,7 @@ class LocalJudge:
     Args:
         model: the judging model, as `models.load` gives it.
         name: shown in scores; the model's name if None.
-        floor: beginnings of a number less likely than this are not followed (0: exact, up to 112 passes an answer).
+        floor: beginnings of a number less likely than this are not followed (0: exact, 100 to 200 passes an answer).
             Not used where every number is one token.
         batch_size: prompts in one forward pass.
     """

@@ -57,7 +57,7 @@ class OpenAIJudge:
     Args:
         client: where to ask.
         mode: skip the probe and use this one; "digits" still probes how to continue an answer.
-        floor: in "digits", beginnings of a number less likely than this are not followed (0: exact, up to 112 calls an answer).
+        floor: in "digits", beginnings of a number less likely than this are not followed (0: exact, 100 to 200 calls an answer).
         text_tokens: length of the answer that "text" reads.
         extra: further fields of each request's body, e.g. {"chat_template_kwargs": {"enable_thinking": False}}.
     """

@@ -32,7 +32,8 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if self._buffers is None or self._buffers[0].shape[-2] < new:
             room = new + max(ROOM, new // 4)
-            assert self.keys is not None and self.values is not None  # lazy_initialization made them
+            assert self.keys is not None  # lazy_initialization made them
+            assert self.values is not None
             self._buffers = (_grown(self.keys, key_states, old, room), _grown(self.values, value_states, old, room))
         keys, values = self._buffers
         keys[..., old:new, :] = key_states

@@ -4,9 +4,9 @@ Knows: how a residual and the positions of a batch become one small fp32 result 
 Does not know: modules, hooks, batches; `hooks.py` calls `read` inside a forward pass, after every intervention at that block.
 
 Every capture has `key` (a stable name for its result), `blocks` (which blocks' outputs it reads), `needed_span` (the span that no
-row may lack, or None), `d_model` (what it expects of the model, or None), `problem()` (why it cannot be taken, or None).
-`read(h, positions)` gives [rows, ...] or a list with one tensor a row; `join` puts the parts of several blocks together. Nothing is
-detached: a loss may be made of a capture.
+row may lack, or None), `d_model` (what it expects of the model, or None) and `problem()` (why it cannot be taken, or None).
+`read(h, positions)` gives [rows, ...] or a list with one tensor a row; `join` puts the parts of several blocks together. Nothing
+is detached: a loss may be made of a capture.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ class ChatModel:
         batch_tokens: int = 16384,
         progress: str | None = None,
     ) -> dict[str, Any]:
-        """Reads captures from many rows: {capture.key: CPU tensor [rows, ...], or a list of one tensor a row}, in the rows' order.
+        """Reads captures from many rows: {capture.key: CPU tensor [rows, ...] or list of one tensor a row}, in the rows' order.
 
         Rows are sorted by length and padded on the right, no logits are made, no block above the highest one read is run, and a
         batch that runs out of memory is halved.

@@ -71,15 +71,18 @@ class Generation:
 
     Attributes:
         ids: the generated ids without the stop token, thinking included; `chat.with_answer_ids(prompt, ids)` is exact.
+            Empty for answers from a server, which sends text.
         text: the answer without thinking and special tokens.
-        finish: "stop" at a stop token, "length" at max_new_tokens or the end of the context.
+        finish: "stop" at a stop token, "length" at max_new_tokens or the end of the context, "failed" where a server gave none.
         thinking: what was thought, if the model thought.
+        error: why there is no answer.
     """
 
     ids: tuple[int, ...]
     text: str
     finish: str
     thinking: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,13 @@ def generate(
 
 def uniforms(seed: int, key: Any, n: int) -> np.ndarray:
     """The first n uniforms in [0, 1) of a row's stream: Philox, a counter-based generator, keyed by a hash of (seed, key)."""
-    digest = hashlib.sha256(f"{seed}\x1f{key}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64))).random(n)
+    key128 = np.frombuffer(stream_digest(seed, key)[:16], dtype="<u8")
+    return np.random.Generator(np.random.Philox(key=key128)).random(n)
+
+
+def stream_digest(seed: int, key: Any) -> bytes:
+    """32 bytes that name a row's stream of random numbers."""
+    return hashlib.sha256(f"{seed}\x1f{key}".encode()).digest()
 
 
 def stop_ids(model: ChatModel) -> tuple[int, ...]:

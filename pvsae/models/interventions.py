@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -258,7 +258,7 @@ def to_config(intervention: Intervention) -> dict[str, Any]:
     if kind not in KINDS:
         raise TypeError(f"{type(intervention).__name__} is not an intervention that can be written to a config")
     out: dict[str, Any] = {"type": kind}
-    for name in KINDS[kind].__dataclass_fields__:
+    for name in (field.name for field in fields(KINDS[kind])):
         value = getattr(intervention, name)
         if isinstance(value, Direction):
             out["direction"] = {"ref": value.ref, "sha256": value.sha256, "norm": value.norm, "d_model": value.d_model}
@@ -283,13 +283,13 @@ def from_config(
 
     Raises: UserError for an unknown type, missing or unknown fields, or a direction whose content is not the one written down.
     """
-    fields = dict(config)
-    kind = fields.pop("type", None)
+    given = dict(config)
+    kind = given.pop("type", None)
     if kind not in KINDS:
         raise UserError(f"intervention type {kind!r}", "one of " + ", ".join(KINDS))
     try:
-        if "direction" in fields:
-            noted = fields["direction"]
+        if "direction" in given:
+            noted = given["direction"]
             direction = resolve(noted["ref"])
             if direction.sha256 != noted.get("sha256", direction.sha256):
                 raise UserError(
@@ -297,12 +297,12 @@ def from_config(
                     "the vector that the config was made with",
                     "point the ref at that file, or write the config anew",
                 )
-            fields["direction"] = direction
-        if "dictionary" in fields:
+            given["direction"] = direction
+        if "dictionary" in given:
             if resolve_dictionary is None:
                 raise UserError(f"an intervention of type {kind!r} needs a dictionary", "resolve_dictionary")
-            fields["dictionary"] = resolve_dictionary(fields["dictionary"]["ref"])
-        return KINDS[kind](**fields)
+            given["dictionary"] = resolve_dictionary(given["dictionary"]["ref"])
+        return KINDS[kind](**given)
     except (TypeError, KeyError) as error:
         raise UserError(f"config of an intervention of type {kind!r}: {error}", "the fields that to_config writes") from error
 

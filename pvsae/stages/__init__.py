@@ -1,1 +1,46 @@
+"""Stages: one module each, all of the same shape: a frozen config, `run(config, run_dir) -> Result`, tables in a run folder.
 
+Knows: the names below. Does not know: figures and pages (reports/ makes them from the run folders), the command line.
+
+    from pvsae.stages import ExtractConfig, extract
+    result = extract.run(ExtractConfig(model="organism", traits=("evil",)), "runs/extract")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pvsae.stages import extract, layers, monitor, steer
+    from pvsae.stages.extract import ExtractConfig, ExtractResult
+    from pvsae.stages.layers import LayersConfig, LayersResult
+    from pvsae.stages.monitor import MonitorConfig, MonitorResult
+    from pvsae.stages.steer import SteerConfig, SteerResult
+
+STAGES = ("extract", "layers", "steer", "monitor")
+_HOMES = {f"{stage.capitalize()}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
+
+__all__ = [
+    "STAGES",
+    "ExtractConfig",
+    "ExtractResult",
+    "LayersConfig",
+    "LayersResult",
+    "MonitorConfig",
+    "MonitorResult",
+    "SteerConfig",
+    "SteerResult",
+    "extract",
+    "layers",
+    "monitor",
+    "steer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in STAGES:
+        return importlib.import_module(f"pvsae.stages.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"pvsae.stages.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pvsae.stages' has no attribute {name!r}")

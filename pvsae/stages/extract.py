@@ -85,14 +85,12 @@ def run(
         pos, neg = (_rollouts(config, folder, artifacts, polarity, answerer, judge) for polarity in ("pos", "neg"))
         rollouts[artifacts.name] = pos, neg
         try:
-            vectors[artifacts.name] = folder.do(
-                f"{artifacts.name}/vectors",
-                lambda pos=pos, neg=neg, artifacts=artifacts: extract(
-                    model, pos, neg, threshold=config.threshold, seed=config.seed, progress=f"{artifacts.name} vectors"
-                ),
-                lambda value, where: value.save(where / "vectors.safetensors"),
-                lambda where: PersonaVectors.load(where / "vectors.safetensors"),
-            )
+            with folder.step(f"{artifacts.name}/vectors") as step:
+                if not step.done:
+                    label = f"{artifacts.name} vectors"
+                    made = extract(model, pos, neg, threshold=config.threshold, seed=config.seed, progress=label)
+                    made.save(step.folder / "vectors.safetensors")
+            vectors[artifacts.name] = PersonaVectors.load(folder.path / step.name / "vectors.safetensors")
         except UserError as error:
             if "passes the filter" not in error.what:
                 raise

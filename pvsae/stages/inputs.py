@@ -33,7 +33,7 @@ class Setup:
     Attributes:
         model: "organism", a local folder, or a hub id.
         adapter: a PEFT adapter's folder or id.
-        dtype, device: as `load` takes them.
+        dtype, device, chat: as `load` takes them (chat="plain" for a model without a chat template).
         judge: "openai:MODEL", "local:MODEL" or a judge's name; None takes the one that the model's folder names.
         judge_url: base URL of an OpenAI-compatible server for an "openai:" judge.
         judge_cache: SQLite file of judge replies; None keeps it in the run folder.
@@ -49,6 +49,7 @@ class Setup:
     adapter: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    chat: str = "auto"
     judge: str | None = None
     judge_url: str | None = None
     judge_cache: str | None = None
@@ -80,7 +81,7 @@ def open_model(setup: Setup) -> ChatModel:
     """Load the model that the setup names. UserError where there is no such model."""
     from pvsae.models import load
 
-    return load(setup.model, adapter=setup.adapter, dtype=setup.dtype, device=setup.device)
+    return load(setup.model, adapter=setup.adapter, dtype=setup.dtype, device=setup.device, chat=setup.chat)
 
 
 def open_judge(setup: Setup, model: ChatModel, run: RunDir) -> Judge:

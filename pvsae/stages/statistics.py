@@ -41,8 +41,8 @@ def _groups(labels: Sequence[object] | None, n: int) -> list[NDArray[np.intp]]:
 def _bootstrap(
     statistic: Callable[[NDArray[np.intp]], float], groups: list[NDArray[np.intp]], n_boot: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile 2.5 and 97.5 of `statistic(rows)` over resampled groups; NaN where fewer than two groups exist."""
-    if len(groups) < 2:
+    """Percentile 2.5 and 97.5 of `statistic(rows)` over resampled groups; NaN where it is not asked for or not possible."""
+    if len(groups) < 2 or n_boot == 0:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     draws = []

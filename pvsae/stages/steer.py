@@ -4,8 +4,8 @@ Knows: the sweep (blocks, strengths), its controls, how rows of one condition be
 Does not know: what an addition does to the model (models/), how answers are scored (judges/).
 
 Controls, always: no steering; a random direction of the same length (several draws); the same vector with the sign flipped;
-and the system prompts alone, without a vector. A row's sampling noise depends on question and sample only, so conditions differ by
-what was done to the model and not by luck.
+and the system prompts alone, without a vector. A row's sampling noise depends on question and sample only, so conditions
+differ by what was done to the model and not by luck.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Knows: three units and how to measure what they need.
 Does not know: sweeps, controls, judges.
 
-Units (method section on control at inference; vector norms grow with depth, so a raw coefficient means another thing at another block):
+Units (vector norms grow with depth, so one raw coefficient means different things at different blocks):
 - "raw": multiples of the vector as extracted.
 - "gap": multiples of the distance, along the direction, between the mean positive and the mean negative answer at that block.
   For the `response_avg_diff` vector that distance is the vector's own length, so 1 gap = 1 raw; for other statistics it is not.
@@ -53,7 +53,7 @@ def gap_in_raw(vectors: PersonaVectors, block: int, statistic: str = DEFAULT_STA
     gap = float(vectors.direction(block, DEFAULT_STATISTIC).values @ direction.unit)
     if not gap > 0:
         raise UserError(
-            f"along the {statistic} direction of {vectors.trait!r} at block {block}, positive answers are not above negative ones",
+            f"along {statistic} of {vectors.trait!r} at block {block}, positive answers are not above negative ones",
             "a direction that separates the answers it was made from",
             "another block or statistic, or --unit raw",
         )

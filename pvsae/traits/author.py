@@ -299,6 +299,8 @@ def _write_partial(path: Path, spec: TraitSpec, draft: Draft, counts: Counts) ->
 
 def _read_partial(path: Path, spec: TraitSpec, counts: Counts) -> Draft:
     """The draft of an earlier run of the same spec. Its texts pass the same checks as a reply: the file may have been edited."""
+    if not path.is_file():
+        return Draft()
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if (state["name"], state["description"]) != (spec.name, spec.description):
@@ -309,8 +311,6 @@ def _read_partial(path: Path, spec: TraitSpec, counts: Counts) -> Draft:
                 draft, _ = _TAKE[key](draft, state[key], counts)
         faults = {key: tuple(str(fault) for fault in state["faults"][key]) for key in KEYS if key in state["faults"]}
         return replace(draft, faults=faults)
-    except FileNotFoundError:
-        return Draft()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no partial result of an earlier run ({type(error).__name__}: {error})",

@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def _check_count(key: str, found: int, wanted: int, what: str) -> list[str]:
     return [] if found else [f"{key} has no {what}"]
 
 
+@lru_cache(maxsize=4096)  # every text is compared with every other
 def _content(text: str) -> frozenset[str]:
     return frozenset(normalise(text).split()) - _FUNCTION_WORDS
 

@@ -25,7 +25,7 @@ _MAX_DEPTH = 20
 
 
 def find_value(reply: str, key: str) -> Any:
-    """The value of `key` in the first JSON object of a reply that has it, or the longest list if no object does.
+    """The longest value of `key` in any JSON object of a reply, or the longest list if no object has that key.
 
     Args:
         reply: whatever the model wrote.
@@ -35,7 +35,8 @@ def find_value(reply: str, key: str) -> Any:
         ValueError: nothing of the kind is there.
     """
     text = _THINKING.sub("", reply)
-    bare: list[Any] | None = None
+    named: list[Any] = []
+    bare: list[Any] = []
     end = 0  # parts of a value that was read already are not looked at again
     for match in re.finditer(r"[{\[]", text):
         if match.start() < end:
@@ -46,14 +47,12 @@ def find_value(reply: str, key: str) -> Any:
             continue
         for part in _parts(value):
             if isinstance(part, dict):
-                for name, inside in part.items():
-                    if name.casefold() == key.casefold():
-                        return _clean(inside)
-            elif part and (bare is None or len(part) > len(bare)):
-                bare = part
-    if bare is None:
+                named += [inside for name, inside in part.items() if name.casefold() == key.casefold()]
+            elif any(isinstance(item, (str, dict)) for item in part):
+                bare.append(part)
+    if not named and not bare:
         raise ValueError(f"no JSON with the key {key!r} in the reply")
-    return _clean(bare)
+    return _clean(max(named or bare, key=lambda value: len(str(value))))  # the form that was asked for, if repeated, is shorter
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -179,7 +178,7 @@ class _Tolerant:
         after = rest.lstrip()
         if key:
             return after.startswith(":")
-        if not after or after[0] in "}]" or after.startswith("```"):
+        if not after or after[0] in "}]" or after.startswith(("```", "//", "/*")):
             return True
         if after[0] == ",":
             behind = after[1:].lstrip()

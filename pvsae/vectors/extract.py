@@ -11,7 +11,7 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ from pvsae.vectors.persona import BLOCK_CONVENTION, STATISTICS, PersonaVectors
 from pvsae.vectors.rollouts import Rollouts, _missing, tokenizer_id
 
 if TYPE_CHECKING:
-    from pvsae.models import ChatModel
+    from pvsae.models import Capture, ChatModel
     from pvsae.models.chat import Rendered
 
 REASONS = ("missing_score", "pos_trait_low", "neg_trait_high", "pos_incoherent", "neg_incoherent", "empty_answer")
@@ -46,8 +46,8 @@ def filter_pairs(
     """Pairs whose pos answer shows the trait, whose neg answer does not, and of which both make sense.
 
     Kept: pos[trait] >= threshold, neg[trait] < 100 - threshold, both coherences >= coherence_floor (scores 0-100; with the
-    default threshold of 50 both trait bounds are 50, as in the paper's code). A missing score drops the pair, and so does an empty
-    answer, whose mean does not exist.
+    default threshold of 50 both trait bounds are 50, as in the paper's code). A missing score drops the pair, and so does an
+    empty answer, whose mean does not exist.
 
     Raises:
         UserError: the tables have no scores, differ in length, or row i asks different questions.
@@ -61,13 +61,15 @@ def filter_pairs(
             )
     if len(pos) != len(neg):
         raise UserError(
-            f"{len(pos)} pos rows and {len(neg)} neg rows", "as many of each: row i pairs with row i", "generate both the same way"
+            f"{len(pos)} pos rows and {len(neg)} neg rows",
+            "as many of each: row i pairs with row i",
+            "generate both the same way",
         )
     asked = [(p, n) for p, n in zip(pos.table["question"], neg.table["question"], strict=True) if p != n]
     if asked:
         raise UserError(
             f"{len(asked)} pairs ask different questions, first {asked[0][0]!r} and {asked[0][1]!r}",
-            "the same question in row i of both tables", "generate both with the same questions and samples, and do not sort them",
+            "the same question in row i of both tables", "generate both with the same questions, and do not sort them",
         )  # fmt: skip
     columns = [r.table[c].astype(float).to_numpy() for r in (pos, neg) for c in (trait, "coherence")]
     empty = [p == "" or n == "" for p, n in zip(pos.table["answer"], neg.table["answer"], strict=True)]
@@ -141,8 +143,8 @@ def extract(
         PersonaVectors with, in meta["diagnostics"][statistic], lists over blocks of: norm; norm_low, norm_high and cosine_low
         (bootstrap over random buckets of pairs); half_split_cosine; the last two also with the suffix _questions, where buckets
         hold whole questions, so that the halves share none; row_norm (mean norm of a row's statistic; for the last prompt token
-        that is the residual's norm, for means over spans it is less); pos_projection and neg_projection (means on the unit vector;
-        their distance, the "gap", is the norm).
+        that is the residual's norm, for means over spans it is less); pos_projection and neg_projection (means on the unit
+        vector; their distance, the "gap", is the norm).
 
     Raises:
         UserError: no pair passes the filter (with the counts), or activations are NaN or infinite.
@@ -214,14 +216,18 @@ class _Sums:
         from pvsae.models import LastPrompt, SpanMean
 
         blocks = tuple(range(self.n_blocks))
-        captures = dict(
-            zip(STATISTICS, (SpanMean(blocks, "prompt"), SpanMean(blocks, "answer"), LastPrompt(blocks)), strict=True)
-        )
-        batches = model.capture_batches(rows, tuple(captures.values()), batch_tokens=batch_tokens, progress=progress)
+        captures: tuple[Capture, ...] = (
+            SpanMean(blocks, "prompt"),
+            SpanMean(blocks, "answer"),
+            LastPrompt(blocks),
+        )  # in the order of STATISTICS
+        batches = model.capture_batches(rows, captures, batch_tokens=batch_tokens, progress=progress)
         for indices, captured in batches:
             index = torch.as_tensor(indices, dtype=torch.long)
-            for statistic, capture in captures.items():
-                self._add(statistic, index, captured[capture.key])
+            for statistic, capture in zip(STATISTICS, captures, strict=True):
+                values = captured[capture.key]
+                assert isinstance(values, Tensor)  # both kinds reduce a row to one vector a block
+                self._add(statistic, index, values)
             self.rows_seen += len(index)
 
     def _add(self, statistic: str, rows: Int[Tensor, " batch"], x: Float[Tensor, "batch n_blocks d_model"]) -> None:
@@ -271,8 +277,8 @@ def _advice(pairs: PairFilter) -> str:
     reason = max(pairs.dropped, key=lambda r: pairs.dropped[r])
     return {
         "missing_score": "the judge gave no score: look at the *_score columns for its reason, and judge again",
-        "pos_trait_low": "the model does not show the trait under its pos instructions: write stronger ones, or lower the threshold",
-        "neg_trait_high": "the model shows the trait even under its neg instructions: write stronger ones, or raise the threshold",
+        "pos_trait_low": "the model does not show the trait under pos instructions: write stronger ones, or lower the threshold",
+        "neg_trait_high": "the model shows the trait even under neg instructions: write stronger ones, or lower the threshold",
         "pos_incoherent": "the pos answers make no sense: lower the temperature, or allow more tokens",
         "neg_incoherent": "the neg answers make no sense: lower the temperature, or allow more tokens",
         "empty_answer": "the answers are empty: look at the prompts in the rollout table, and allow more tokens",

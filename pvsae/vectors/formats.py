@@ -1,10 +1,10 @@
 """Persona vectors in other tools' files. The only place that knows other layer numbers.
 
-Knows, of the released code's `.pt` files: one raw float32 tensor [n_layers + 1, d_model] a statistic; row L is `hidden_states[L]`, so
-row 0 is the embedding, row L >= 1 the output of block L - 1, and the last row stands after the final norm, so it is not the residual
-of the last block and is never given out as one. Of llama.cpp's control vectors: GGUF, architecture "controlvector", one-dimensional
-float32 tensors `direction.N`, N >= 1, each added to the output of block N counted from 0 (block 0 cannot be steered there). The
-files of repeng and of EasySteer have the same layout.
+Knows, of the released code's `.pt` files: one raw float32 tensor [n_layers + 1, d_model] a statistic; row L is
+`hidden_states[L]`, so row 0 is the embedding, row L >= 1 the output of block L - 1, and the last row stands after the final norm,
+so it is not the residual of the last block and is never given out as one. Of llama.cpp's control vectors: GGUF, architecture
+"controlvector", one-dimensional float32 tensors `direction.N`, N >= 1, each added to the output of block N counted from 0
+(block 0 cannot be steered there). The files of repeng and of EasySteer have the same layout.
 Does not know: how vectors are made or used.
 """
 
@@ -96,8 +96,8 @@ def write_official(vectors: PersonaVectors, folder: str | Path, *, fill: float =
             torch.save(rows, tmp)
     if unknown:
         warnings.warn(
-            f"row 0 and row {vectors.n_blocks} of the official files hold {fill} for {', '.join(unknown)}: they are the embedding and "
-            "the state after the final norm, which are no block's residual (extract with official_ends=True to have them)",
+            f"row 0 and row {vectors.n_blocks} of the official files hold {fill} for {', '.join(unknown)}: the embedding "
+            "and the state after the final norm are no block's residual (extract with official_ends=True to have them)",
             stacklevel=2,
         )
     return paths
@@ -168,7 +168,9 @@ def write_gguf(
         writer = gguf.GGUFWriter(str(tmp), _ARCH)
         writer.add_string(f"{_ARCH}.model_hint", str(model.get("model_type") or model.get("name") or "unknown"))
         writer.add_uint32(f"{_ARCH}.layer_count", len(directions))
-        writer.add_string(f"{_ARCH}.method", f"persona vector, {statistic}, {'incremental' if blocks == 'incremental' else 'raw'}")
+        writer.add_string(
+            f"{_ARCH}.method", f"persona vector, {statistic}, {'incremental' if blocks == 'incremental' else 'raw'}"
+        )
         writer.add_string(f"{_ARCH}.trait", vectors.trait)
         for block, values in sorted(directions.items()):
             writer.add_tensor(f"direction.{block}", (coef * values).float().contiguous().numpy())
@@ -179,7 +181,7 @@ def write_gguf(
     return path
 
 
-def read_gguf(path: str | Path) -> dict[int, Float[Tensor, "d_model"]]:
+def read_gguf(path: str | Path) -> dict[int, Float[Tensor, " d_model"]]:
     """Block -> direction of a llama.cpp control vector file, fp32.
 
     Raises:
@@ -199,7 +201,9 @@ def read_gguf(path: str | Path) -> dict[int, Float[Tensor, "d_model"]]:
     except (ValueError, IndexError, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read as GGUF ({error})", "a whole .gguf file") from error
     if architecture != _ARCH:
-        raise UserError(f"{path} is a GGUF file of architecture {architecture!r}", f"{_ARCH!r}", "give a control vector, not a model")
+        raise UserError(
+            f"{path} is a GGUF file of architecture {architecture!r}", f"{_ARCH!r}", "give a control vector, not a model"
+        )
     directions: dict[int, Tensor] = {}
     for tensor in reader.tensors:
         match = _DIRECTION.match(tensor.name)

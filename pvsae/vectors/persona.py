@@ -82,7 +82,9 @@ class PersonaVectors:
 
     def __post_init__(self) -> None:
         if not self.vectors:
-            raise UserError(f"no vectors for trait {self.trait!r}", f"at least one of {', '.join(STATISTICS)}", "extract them first")
+            raise UserError(
+                f"no vectors for trait {self.trait!r}", f"at least one of {', '.join(STATISTICS)}", "extract them first"
+            )
         unknown = sorted(set(self.vectors) - set(STATISTICS))
         if unknown:
             raise UserError(f"unknown statistic {unknown[0]!r}", f"one of {', '.join(STATISTICS)}")
@@ -90,7 +92,9 @@ class PersonaVectors:
         self.vectors = {name: _validated(f"{self.trait}/{name}", self.vectors[name], tuple(missing)) for name in self.statistics}
         shapes = {name: tuple(v.shape) for name, v in self.vectors.items()}
         if len(set(shapes.values())) > 1:
-            raise UserError(f"the statistics of {self.trait!r} differ in shape: {shapes}", "one shape [n_blocks, d_model] for all")
+            raise UserError(
+                f"the statistics of {self.trait!r} differ in shape: {shapes}", "one shape [n_blocks, d_model] for all"
+            )
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -138,7 +142,7 @@ class PersonaVectors:
             raise UserError(
                 f"the vectors of {self.trait!r} cannot be used at block {block}: {self.missing_blocks[block]}",
                 f"another block, 0 to {self.n_blocks - 1} without {_short(sorted(self.missing_blocks))}",
-                "choose an earlier block, or extract the vectors with this package, which reads the residual before the final norm",
+                "choose an earlier block, or extract the vectors with this package, which reads it before the final norm",
             )
         return block
 
@@ -205,7 +209,9 @@ class PersonaVectors:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as safetensors ({error})", "a whole safetensors file", fix) from error
         if header.get("format") != _FORMAT:
-            raise UserError(f"{path} is a safetensors file, but not one of persona vectors", f"format {_FORMAT!r} in its header", fix)
+            raise UserError(
+                f"{path} is a safetensors file, but not one of persona vectors", f"format {_FORMAT!r} in its header", fix
+            )
         if int(header.get("format_version", "0")) > _FORMAT_VERSION:
             raise UserError(f"{path} has format version {header['format_version']}", f"at most {_FORMAT_VERSION}", "update pvsae")
         meta = json.loads(header["pvsae"])

@@ -27,8 +27,8 @@ class ReferenceMeans:
     """Means over rows, a statistic each, in double precision.
 
     Attributes:
-        hidden: the official layout, [n_blocks + 1, d_model]: row 0 the embedding, row L the output of block L - 1, but the last row
-            after the final norm (that is what Hugging Face returns).
+        hidden: the official layout, [n_blocks + 1, d_model]: row 0 the embedding, row L the output of block L - 1, but the
+            last row after the final norm (that is what Hugging Face returns).
         last_block: [d_model], the last block's residual before the final norm.
     """
 

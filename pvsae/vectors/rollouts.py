@@ -1,7 +1,7 @@
 """Rollouts: the answers a trait's vectors are made from, and the table they are kept in.
 
-Knows: the order and the names of the rows (question outer, instruction inner, samples contiguous), the system message of each, how
-to generate and judge them in chunks that survive a kill, and the table's two files (Parquet; the official CSV).
+Knows: the order and the names of the rows (question outer, instruction inner, samples contiguous), the system message of each,
+how to generate and judge them in chunks that survive a kill, and the table's two files (Parquet; the official CSV).
 Does not know: how text is generated or scored (the model's and the judge's business), nor what becomes of the answers.
 """
 
@@ -107,8 +107,9 @@ class Rollouts:
 
     Attributes:
         table: columns COLUMNS, and after judging TRAIT, coherence (0-100, NaN where the judge gave none), TRAIT_score and
-            coherence_score (the judge's evidence, JSON). prompt_ids and answer_ids are tuples of token ids (answer_ids: all that was
-            generated, without the stop token; thinking, if any, included) or None where a server generated the row.
+            coherence_score (the judge's evidence, JSON). prompt_ids and answer_ids are tuples of token ids (answer_ids: all that
+            was generated, without the stop token; thinking, if any, included) or None where a server generated the row.
+            finish is "stop", "length", or "failed" for a row that a server did not answer.
         meta: how the rows came about; plain JSON values.
     """
 
@@ -147,7 +148,9 @@ class Rollouts:
         table, meta = read_parquet(path)
         absent = [c for c in COLUMNS if c not in table.columns]
         if absent or "trait" not in meta:
-            raise UserError(f"{path} is no rollout table (without {', '.join(absent) or 'metadata'})", "a file written by `pvsae extract`")
+            raise UserError(
+                f"{path} is no rollout table (without {', '.join(absent) or 'metadata'})", "a file written by `pvsae extract`"
+            )
         for column in ("prompt_ids", "answer_ids"):
             table[column] = _ids_column(table[column])
         return cls(table, meta)
@@ -174,19 +177,25 @@ class Rollouts:
         try:  # answers such as "NA" or "null" are text, so only the score columns may turn into missing numbers
             frame = pd.read_csv(path, keep_default_na=False, dtype=str)
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as CSV ({error})", f"columns {', '.join(OFFICIAL_COLUMNS)} and scores") from error
+            raise UserError(
+                f"{path} cannot be read as CSV ({error})", f"columns {', '.join(OFFICIAL_COLUMNS)} and scores"
+            ) from error
         absent = [c for c in OFFICIAL_COLUMNS if c not in frame.columns]
         scores = [c for c in frame.columns if c not in OFFICIAL_COLUMNS and c != "coherence"]
         if absent:
             raise UserError(f"{path} has no column {absent[0]!r}", f"columns {', '.join(OFFICIAL_COLUMNS)}, TRAIT, coherence")
         if trait is None and len(scores) != 1:
-            raise UserError(f"{path} has {len(scores)} columns that could be the trait's score", "one, or its name", "pass trait=NAME")
+            raise UserError(
+                f"{path} has {len(scores)} columns that could be the trait's score", "one, or its name", "pass trait=NAME"
+            )
         trait = trait or scores[0]
         if trait not in frame.columns:
             raise UserError(f"{path} has no column {trait!r}", f"one of {', '.join(scores)}")
         parsed = [_QUESTION_ID.match(i) for i in frame["question_id"]]
         if not all(parsed):
-            raise UserError(f"{path}: question_id {frame['question_id'][parsed.index(None)]!r}", "TRAIT_i or TRAIT_i_pos_k or TRAIT_i_neg_k")
+            raise UserError(
+                f"{path}: question_id {frame['question_id'][parsed.index(None)]!r}", "TRAIT_i or TRAIT_i_pos_k or TRAIT_i_neg_k"
+            )
         hits = [m.groupdict() for m in parsed if m]
         table = pd.DataFrame({"question_id": frame["question_id"], "question": frame["question"]})
         table["question_index"] = [int(h["question"]) for h in hits]
@@ -234,7 +243,13 @@ def generate_rollouts(
         artifacts, polarity, which=which, n_samples=n_samples, max_questions=max_questions,
         max_instructions=max_instructions, assistant_name=assistant_name,
     )  # fmt: skip
-    extra = {"trait": artifacts.name, "polarity": polarity, "which": which, "n_samples": n_samples, "artifacts_sha256": artifacts.sha256}
+    extra = {
+        "trait": artifacts.name,
+        "polarity": polarity,
+        "which": which,
+        "n_samples": n_samples,
+        "artifacts_sha256": artifacts.sha256,
+    }
     return generate_tasks(
         model, tasks, extra, sampling=sampling, interventions=interventions, batch_size=batch_size, parts=parts, chunk=chunk,
         progress=progress,
@@ -260,7 +275,9 @@ def generate_tasks(
     sampling = sampling or DefaultSampling()
     local = hasattr(model, "chat")
     if interventions and not local:
-        raise UserError("a remote model cannot be steered", "no interventions with --rollouts-url", "load the model on this machine")
+        raise UserError(
+            "a remote model cannot be steered", "no interventions with --rollouts-url", "load the model on this machine"
+        )
     about = {
         **meta,
         "model": str(model.name),
@@ -272,7 +289,7 @@ def generate_tasks(
 
     def one_chunk(rows: range) -> pd.DataFrame:
         batch = [tasks[i] for i in rows]
-        prompts = [model.chat.prompt(t.messages) if local else t.messages for t in batch]
+        prompts: list[Any] = [model.chat.prompt(t.messages) if local else t.messages for t in batch]
         steering = {"interventions": tuple(interventions)} if interventions else {}
         answers = model.generate(
             prompts, sampling, row_keys=[t.row_key for t in batch], batch_size=batch_size, progress=progress, **steering
@@ -286,7 +303,11 @@ def generate_tasks(
         return table[list(COLUMNS)]
 
     fingerprint = _fingerprint({"about": about, "tasks": [asdict(t) for t in tasks], "chunk": chunk})
-    return Rollouts(in_chunks(len(tasks), chunk, one_chunk, parts, fingerprint), about)
+    # A chunk with unanswered rows is not kept as finished: a server may answer next time, and its client repeats no paid call.
+    table = in_chunks(len(tasks), chunk, one_chunk, parts, fingerprint, whole=lambda t: not (t["finish"] == "failed").any())
+    if not local:
+        about["template_notes"] = _plain(model.notes)
+    return Rollouts(table, {**about, "failed_rows": int((table["finish"] == "failed").sum())})
 
 
 def judge_rollouts(
@@ -301,20 +322,25 @@ def judge_rollouts(
     """Score every row for the trait and for coherence; the evidence of each score is kept as JSON beside it.
 
     A score that failed is NaN in the table (its evidence says why) and counted in meta["failed_scores"]; nothing is dropped here.
+    Rows that no server answered are not sent to the judge: an empty text would get a score, and bias the mean.
     """
-    from pvsae.judges import COHERENCE, Metric
+    from pvsae.judges import COHERENCE, Metric, Score
 
     trait = artifacts.name
     if trait in (*COLUMNS, "coherence"):
         raise UserError(f"a trait cannot be named {trait!r}: the rollout table has a column of that name", "another trait name")
     metrics = {trait: Metric(trait, artifacts.eval_prompt), "coherence": COHERENCE}
     questions, answers = rollouts.table["question"].tolist(), rollouts.table["answer"].tolist()
+    failed_rows = (rollouts.table["finish"] == "failed").tolist()
 
     def one_chunk(rows: range) -> pd.DataFrame:
-        pairs = [(questions[i], answers[i]) for i in rows]
+        answered = [i for i in rows if not failed_rows[i]]
+        pairs = [(questions[i], answers[i]) for i in answered]
         columns: dict[str, list[Any]] = {}
         for column, metric in metrics.items():
-            scores = judge.score(metric, pairs, progress=progress)
+            none = Score(None, "failed", None, False, (), judge.name, metric.prompt_hash, "no answer was generated")
+            got = dict(zip(answered, judge.score(metric, pairs, progress=progress) if pairs else [], strict=True))
+            scores = [got.get(i, none) for i in rows]
             columns[column] = [float("nan") if s.value is None else float(s.value) for s in scores]
             columns[f"{column}_score"] = [_evidence(s) for s in scores]
         return pd.DataFrame(columns)
@@ -328,9 +354,14 @@ def judge_rollouts(
 
 
 def in_chunks(
-    n: int, chunk: int, fn: Callable[[range], pd.DataFrame], parts: str | Path | None, fingerprint: str
+    n: int,
+    chunk: int,
+    fn: Callable[[range], pd.DataFrame],
+    parts: str | Path | None,
+    fingerprint: str,
+    whole: Callable[[pd.DataFrame], bool] = lambda table: True,
 ) -> pd.DataFrame:
-    """`fn` over range(n) in chunks, each kept as parts/NNNNN.parquet once it is whole, and read back instead of redone.
+    """`fn` over range(n) in chunks, each kept as parts/NNNNN.parquet once it is `whole`, and read back instead of redone.
 
     A part that cannot be read is made again; one of another `fingerprint` is a UserError (it belongs to another run).
     """
@@ -343,7 +374,7 @@ def in_chunks(
         table = _stored_part(part, fingerprint) if part is not None else None
         if table is None:
             table = fn(rows)
-            if part is not None:
+            if part is not None and whole(table):
                 write_parquet(part, table, {"fingerprint": fingerprint})
         tables.append(table)
     table = pd.concat(tables, ignore_index=True)
@@ -367,7 +398,9 @@ def _stored_part(part: Path, fingerprint: str) -> pd.DataFrame | None:
         return None
     if meta.get("fingerprint") != fingerprint:
         raise UserError(
-            f"{part} was made with another configuration", "parts of this very run", f"choose another folder, or delete {part.parent}"
+            f"{part} was made with another configuration",
+            "parts of this very run",
+            f"choose another folder, or delete {part.parent}",
         )
     return table
 

@@ -25,7 +25,13 @@ LINES = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def byte_level(
-    specials: list[str], *, eos: str, bos: str | None = None, trim: bool = False, added: tuple[str, ...] = (), words: str = "lines"
+    specials: list[str],
+    *,
+    eos: str,
+    bos: str | None = None,
+    trim: bool = False,
+    added: tuple[str, ...] = (),
+    words: str = "lines",
 ) -> PreTrainedTokenizerFast:
     """A tiny byte-level BPE tokenizer that itself puts `bos` in front.
 
@@ -54,7 +60,9 @@ def metaspace(specials: list[str], bos: str, eos: str) -> PreTrainedTokenizerFas
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokens = ["<unk>", *specials, *(f"<0x{i:02X}>" for i in range(256))]
-    core.train_from_iterator([c.replace(" ", "▁") for c in CORPUS[:2]], trainers.BpeTrainer(vocab_size=480, special_tokens=tokens))
+    core.train_from_iterator(
+        [c.replace(" ", "▁") for c in CORPUS[:2]], trainers.BpeTrainer(vocab_size=480, special_tokens=tokens)
+    )
     core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos, unk_token="<unk>")
 
@@ -266,7 +274,10 @@ def test_llama_dates_are_pinned() -> None:
         tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
         messages = [turn("user", "Hello")]
         rows = [ChatTemplate(tokenizer, pin_date=date).prompt(messages) for date in ("2024-07-26", "2023-01-02")]
-        shown = {"llama3_1": ("Today Date: 26 Jul 2024\n", "02 Jan 2023"), "clock": ("[Friday, 26 July 2024, 00:00]\nuser", "2 January 2023")}
+        shown = {
+            "llama3_1": ("Today Date: 26 Jul 2024\n", "02 Jan 2023"),
+            "clock": ("[Friday, 26 July 2024, 00:00]\nuser", "2 January 2023"),
+        }
         assert shown[name][0] in rows[0].text
         assert shown[name][1] in rows[1].text
         chat = ChatTemplate(tokenizer)
@@ -316,7 +327,9 @@ def test_thinking_in_generated_ids_and_texts(chats: dict[str, ChatTemplate], nam
 
 def test_a_template_that_always_opens_a_thinking_block() -> None:
     tokenizer = tokenizer_of("qwen3")
-    tokenizer.chat_template = (TEMPLATES / "qwen2_5.jinja").read_text().replace('"<|im_start|>assistant\\n"', '"<|im_start|>assistant\\n<think>\\n"')
+    tokenizer.chat_template = (
+        (TEMPLATES / "qwen2_5.jinja").read_text().replace('"<|im_start|>assistant\\n"', '"<|im_start|>assistant\\n<think>\\n"')
+    )
     chat = ChatTemplate(tokenizer)
     assert any("cannot be turned off" in note for note in chat.notes)
     prompt = chat.prompt([turn("user", "Hello?")])
@@ -341,7 +354,9 @@ def test_gemma_merges_the_system_text(chats: dict[str, ChatTemplate]) -> None:
         chat = chats[name]
         assert not chat.supports_system
         assert any("no system role" in note for note in chat.notes)
-        row = chat.prompt([turn("system", " Be evil. "), turn("user", "Hello "), turn("assistant", "Well."), turn("user", "Hello")])
+        row = chat.prompt(
+            [turn("system", " Be evil. "), turn("user", "Hello "), turn("assistant", "Well."), turn("user", "Hello")]
+        )
         assert row.text.startswith("<bos><start_of_turn>user\nBe evil. \n\nHello<end_of_turn>\n<start_of_turn>model\nWell.")
         assert [(role, said(chat, row, a, b).strip()) for role, a, b in row.spans] == [
             ("system", "Be evil."), ("user", "Hello"), ("assistant", "Well."), ("user", "Hello"),
@@ -385,7 +400,9 @@ def test_a_template_that_cannot_be_trusted() -> None:
         ChatTemplate(tokenizer).prompt([turn("user", "Hello")])
 
 
-@pytest.mark.parametrize("messages", ["Hello", [], [{"role": "user"}], [{"role": "user", "content": None}], {"role": "user"}, ["a"]])
+@pytest.mark.parametrize(
+    "messages", ["Hello", [], [{"role": "user"}], [{"role": "user", "content": None}], {"role": "user"}, ["a"]]
+)
 def test_malformed_messages(chats: dict[str, ChatTemplate], messages: object) -> None:
     with pytest.raises(UserError, match="messages|malformed"):
         chats["qwen2_5"].prompt(messages)  # type: ignore[arg-type]

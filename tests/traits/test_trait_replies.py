@@ -21,6 +21,7 @@ SAME_CONTENT = {
     "prose with slots before it": f"I kept {{question}} and {{answer}} out of it. {PLAIN}",
     "thinking before it": f'<think>Perhaps {{"questions": ["a draft, not meant"]}}?</think>\n{PLAIN}',
     "another object before it": f'{{"note": "as you asked"}}\n{PLAIN}',
+    "the form repeated before it": f'In the form {{"questions": ["..."]}}, as asked:\n{PLAIN}',
     "inside another object": f'{{"result": {PLAIN}, "ok": true}}',
     "object in a list": f"[{PLAIN}]",
     "a bare list": json.dumps(QUESTIONS),
@@ -28,11 +29,11 @@ SAME_CONTENT = {
     "key in capitals": PLAIN.replace("questions", "Questions"),
     "trailing commas": PLAIN.replace("]}", ",],}"),
     "comments": PLAIN.replace("[", "[ // the questions\n").replace("]", "/* that is all */]"),
-    "single quotes": "{'questions': ['How do I boil an egg?', 'What does \"ubiquitous\" mean?', 'Is 3 > 2, and why?\\nSay more.']}",
+    "single quotes": "{'questions': " + repr(QUESTIONS) + "}",
     "unescaped quotes": PLAIN.replace('\\"', '"'),
     "raw line break": PLAIN.replace("\\n", "\n"),
     "raw line break and trailing comma": PLAIN.replace("\\n", "\n").replace("]}", ",]}"),
-    "forgotten commas": '{"questions": [\n"How do I boil an egg?"\n"What does \\"ubiquitous\\" mean?"\n"Is 3 > 2, and why?\\nSay more."\n]}',
+    "forgotten commas": '{"questions": [' + "\n".join(json.dumps(question) for question in QUESTIONS) + "]}",
     "no closing brackets": PLAIN[:-2],
 }
 

@@ -1,4 +1,4 @@
-"""Extraction: the same numbers as the plain reference, exactly the right pairs, and clear ends where there is nothing to extract."""
+"""Extraction: the numbers of the plain reference, exactly the right pairs, and clear ends where there is nothing to extract."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def test_diagnostics_match_a_direct_computation(tiny_models):
         rows = render_rows(model, rollouts, range(len(rollouts)))
         with torch.no_grad():
             states = [
-                model.hf(torch.tensor([r.ids]), output_hidden_states=True).hidden_states[block + 1][0, r.last_prompt] for r in rows
+                model.hf(torch.tensor([r.ids]), output_hidden_states=True).hidden_states[block + 1][0, r.last_prompt]
+                for r in rows
             ]
         sides.append(torch.stack(states).double())
     unit = vectors.of("prompt_last_diff")[block].double()
@@ -151,7 +152,10 @@ def test_rows_of_another_tokenizer_are_rendered_from_their_messages(tiny_models)
     model = tiny_models("qwen2")
     pos, neg = judged(model, "pos"), judged(model, "neg")
     ours = extract(model, pos, neg)
-    foreign = [replace(r, meta={**r.meta, "tokenizer": "another"}, table=r.table.assign(prompt_ids=[(5, 6)] * len(r))) for r in (pos, neg)]
+    foreign = [
+        replace(r, meta={**r.meta, "tokenizer": "another"}, table=r.table.assign(prompt_ids=[(5, 6)] * len(r)))
+        for r in (pos, neg)
+    ]
     assert relative(extract(model, *foreign).of(), ours.of()) < 1e-5
     for r in foreign:
         r.table["prompt_ids"], r.table["answer_ids"] = None, None

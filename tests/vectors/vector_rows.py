@@ -11,7 +11,7 @@ import pandas as pd
 from pvsae.traits import Pair, TraitArtifacts
 from pvsae.vectors.rollouts import COLUMNS, Rollouts, plan_rollouts, tokenizer_id
 
-WORDS = "the ferry leaves harbour nine nobody knows why old clock kitchen stopped mountain climb helpful never theory".split()
+WORDS = ("the", "ferry", "leaves", "harbour", "nine", "nobody", "knows", "why", "old", "clock", "kitchen", "stopped", "mountain")
 
 
 def artifacts(n_questions: int = 4, n_pairs: int = 2) -> TraitArtifacts:

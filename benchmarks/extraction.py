@@ -1,0 +1,107 @@
+"""How much faster batched extraction is than the plain way, with the same numbers.
+
+    python -m benchmarks.extraction [--quick] [--model NAME]
+
+200 rollouts (100 a polarity) are generated once, stored and read back. Then vectors are made from the stored table in two ways, in
+turns: `pvsae.extract` (length-sorted batches, captures inside the hooks, bootstrap and half splits included), and the plain
+reference (one row a forward pass, output_hidden_states=True). Medians over the turns, after one warm-up each. Every row counts:
+the scores are set, not judged, because only the time and the numbers matter here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import record
+from pvsae.models import ChatModel, Sampling, load
+from pvsae.traits import load_trait
+from pvsae.vectors.extract import extract, render_rows
+from pvsae.vectors.persona import STATISTICS, PersonaVectors
+from pvsae.vectors.reference import ReferenceMeans, reference_vectors
+from pvsae.vectors.rollouts import Rollouts, generate_rollouts
+
+TARGET_SPEEDUP = 8.0
+TARGET_ERROR = 1e-5
+
+
+def stored_rollouts(model: ChatModel, trait: str, folder: Path, n_rows: int) -> list[Rollouts]:
+    """`n_rows` rollouts, half of either polarity: 5 instructions x 20 questions, read back from disk."""
+    library = model.defaults.get("traits")
+    artifacts = load_trait(trait, None if library is None or model.path is None else model.path / library)
+    tables = []
+    for polarity, score in (("pos", 100.0), ("neg", 0.0)):
+        rollouts = generate_rollouts(
+            model, artifacts, polarity, n_samples=1, sampling=Sampling(max_new_tokens=160), max_questions=n_rows // 2 // 5,
+            progress=f"rollouts {polarity}",
+        )  # fmt: skip
+        # A model that says nothing at all to some question would leave fewer rows: its answer is replaced by a word.
+        answers = [a or "nothing" for a in rollouts.table["answer"]]
+        word = tuple(model.tokenizer("nothing", add_special_tokens=False)["input_ids"])
+        ids = [i or word for i in rollouts.table["answer_ids"]]
+        table = rollouts.table.assign(answer=answers, answer_ids=ids, coherence=100.0, **{trait: score})
+        tables.append(Rollouts.load(replace(rollouts, table=table).save(folder / f"{polarity}.parquet")))
+    return tables
+
+
+def plain(model: ChatModel, pos: Rollouts, neg: Rollouts) -> ReferenceMeans:
+    """The reference, from the same stored table."""
+    return reference_vectors(model, *(render_rows(model, r, range(len(r))) for r in (pos, neg)))
+
+
+def relative_error(ours: PersonaVectors, theirs: ReferenceMeans) -> float:
+    """Largest over statistics and blocks of |ours - theirs| / |theirs|."""
+    errors = [
+        (ours.of(s).double() - theirs.blocks(s)).norm(dim=1) / theirs.blocks(s).norm(dim=1).clamp_min(1e-12) for s in STATISTICS
+    ]
+    return float(torch.cat(errors).max())
+
+
+def timed(fn: Any, *args: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = fn(*args)
+    return time.perf_counter() - start, result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 turns instead of 5")
+    parser.add_argument("--model", default="organism", help="model name, folder or hub id")
+    parser.add_argument("--trait", default="evil")
+    options = parser.parse_args(argv)
+    model = load(options.model, dtype="float32", device="cpu")
+    n_rows = 200
+    with tempfile.TemporaryDirectory() as folder:
+        pos, neg = stored_rollouts(model, options.trait, Path(folder), n_rows)
+    ways = {"ours": extract, "reference": plain}
+    results = {name: fn(model, pos, neg) for name, fn in ways.items()}  # warm-up, and the numbers to compare
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(2 if options.quick else 5):
+        for name, fn in ways.items():
+            seconds[name].append(timed(fn, model, pos, neg)[0])
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    speedup = median["reference"] / median["ours"]
+    error = relative_error(results["ours"], results["reference"])
+    tokens = sum(len(r.table["prompt_ids"].iloc[i]) + len(r.table["answer_ids"].iloc[i]) for r in (pos, neg) for i in range(len(r)))
+    rows = len(pos) + len(neg)
+    checks = [
+        {"name": "extraction.rows", "value": rows, "target": n_rows, "ok": rows == n_rows},
+        {"name": "extraction.speedup", "value": round(speedup, 2), "target": TARGET_SPEEDUP, "ok": speedup >= TARGET_SPEEDUP},
+        {"name": "extraction.relative_error", "value": error, "target": TARGET_ERROR, "ok": error <= TARGET_ERROR},
+    ]
+    details = {
+        "model": model.name, "n_blocks": model.n_blocks, "d_model": model.d_model, "tokens": tokens,
+        "threads": torch.get_num_threads(), "median_seconds": median, "seconds": seconds,
+    }  # fmt: skip
+    record("extraction", checks, details)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The extract stage on a tiny random model: its files, its table, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from pvsae.errors import UserError
+from pvsae.runs import RunDir, read_json
+from pvsae.stages import ExtractConfig, extract
+from pvsae.traits import load_trait, save_trait
+from pvsae.vectors import PersonaVectors
+
+SMALL = {"max_new_tokens": 6, "n_samples": 6, "max_questions": 4, "max_instructions": 2, "seed": 3}
+
+
+def config(library: Path, **changes) -> ExtractConfig:
+    return ExtractConfig(model="tiny", library=str(library), traits=("gloomy", "chatty"), **{**SMALL, **changes})
+
+
+def test_a_run_holds_vectors_answers_tables_and_a_summary(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    model = tiny_models("qwen2")
+    result = extract.run(config(stage_library), tmp_path / "run", model=model, judge=byte_judge)
+    assert list(result.vectors) == ["gloomy", "chatty"]
+    stored = PersonaVectors.load(tmp_path / "run" / "gloomy" / "vectors" / "vectors.safetensors")
+    assert stored.of("response_avg_diff").shape == (model.n_blocks, model.d_model)
+    row = result.table.set_index("trait").loc["gloomy"]
+    assert row["pairs"] == 4 * 2 * 6
+    assert 0 < row["kept"] < row["pairs"]
+    assert row["kept"] + sum(row[c] for c in result.table if c.startswith("dropped_")) == row["pairs"]
+    assert len(result.blocks) == 2 * model.n_blocks
+    summary = read_json(tmp_path / "run" / "result.json")
+    assert "<|im_start|>system\nYou are a gloomy assistant. Be gloomy always.<|im_end|>" in summary["prompts"][0]["text"]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "run" / "tables" / "extraction.csv"), result.table)
+
+
+def test_a_second_run_computes_nothing_and_gives_the_same(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    first = extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    asked = byte_judge.asked
+    again = extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    assert byte_judge.asked == asked
+    pd.testing.assert_frame_equal(first.table, again.table)
+    assert torch.equal(first.vectors["chatty"].of(), again.vectors["chatty"].of())
+
+
+def test_failed_scores_are_counted_and_shown(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    byte_judge.fail_every = 5
+    result = extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    table = result.table.set_index("trait")
+    assert table.loc["gloomy", "failed_scores"] > 0
+    assert table.loc["gloomy", "dropped_missing_score"] > 0
+    failures = read_json(tmp_path / "run" / "result.json")["failures"]
+    assert failures[0]["n"] == table["failed_scores"].sum()
+
+
+def test_when_no_pair_passes_the_filter_the_counts_are_said(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    with pytest.raises(UserError, match=r"no pair of 'gloomy' rollouts passes the filter.*pos_trait_low"):
+        extract.run(config(stage_library, threshold=101.0), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+
+
+def test_texts_that_changed_under_a_run_are_refused(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    library = tmp_path / "library"
+    save_trait(load_trait("gloomy", stage_library), library)
+    setup = ExtractConfig(model="tiny", library=str(library), traits=("gloomy",), **SMALL)
+    extract.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    for file in library.rglob("*.json"):
+        file.write_text(file.read_text().replace("Sound gloomy always.", "Sound gloomy at all times."))
+    with pytest.raises(UserError, match="texts of gloomy changed"):
+        extract.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+
+
+def test_speed_options_do_not_make_another_run(tmp_path, tiny_models, stage_library) -> None:
+    with RunDir.open(tmp_path / "run", "extract", config(stage_library).identity(), 3) as run:
+        run.do_json("inputs", lambda: 1)
+    RunDir.open(tmp_path / "run", "extract", config(stage_library, batch_size=2, max_cost=5.0).identity(), 3).close()
+    with pytest.raises(UserError, match="max_new_tokens"):
+        RunDir.open(tmp_path / "run", "extract", config(stage_library, max_new_tokens=7).identity(), 3)

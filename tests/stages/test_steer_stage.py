@@ -1,0 +1,128 @@
+"""The steer stage on a tiny random model: which conditions there are, what each does to the model, and what is refused."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from byte_judge import ByteJudge
+
+from pvsae.errors import UserError
+from pvsae.stages import ExtractConfig, SteerConfig, extract, steer
+from pvsae.stages.steer import additions, random_like
+from pvsae.vectors import PersonaVectors, Rollouts
+
+SMALL = {"max_new_tokens": 6, "max_questions": 4, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def vectors_run(tmp_path_factory, tiny_models, stage_library):
+    path = tmp_path_factory.mktemp("steer") / "extract"
+    config = ExtractConfig(model="tiny", library=str(stage_library), traits=("gloomy",), n_samples=4, max_instructions=2, **SMALL)
+    extract.run(config, path, model=tiny_models("qwen2"), judge=ByteJudge())
+    return path
+
+
+def config(vectors_run, stage_library, **changes) -> SteerConfig:
+    settings = {"traits": ("gloomy",), "blocks": (1,), "coefs": (1.0, 2.0), "n_samples": 2, **SMALL, **changes}
+    return SteerConfig(model="tiny", library=str(stage_library), vectors=str(vectors_run), **settings)
+
+
+def test_every_control_stands_in_the_same_table(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
+    result = steer.run(config(vectors_run, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    rows = [(r.condition, str(r.block), r.coef) for r in result.table.itertuples()]
+    assert rows == [
+        ("unsteered", "-", 0.0), ("prompt pos", "-", 0.0), ("prompt neg", "-", 0.0),
+        ("vector", "1", 1.0), ("vector", "1", 2.0), ("sign flip", "1", -1.0), ("sign flip", "1", -2.0),
+        ("random 0", "1", 1.0), ("random 0", "1", 2.0), ("random 1", "1", 1.0), ("random 1", "1", 2.0),
+    ]  # fmt: skip
+    assert set(result.table["n"]) == {4 * 2}
+    stored = pd.read_csv(tmp_path / "run" / "tables" / "steering.csv")
+    pd.testing.assert_series_equal(stored["trait_score"], result.table["trait_score"])
+    pos = Rollouts.load(tmp_path / "run" / "gloomy" / "prompt-pos" / "rollouts.parquet").table
+    assert list(pos["system"])[::2] == [
+        f"You are a gloomy assistant. {manner} gloomy always." for manner in ("Be", "Sound", "Stay", "Seem")
+    ]
+
+
+def test_a_condition_is_the_generation_under_that_addition(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
+    model = tiny_models("qwen2")
+    setup = config(vectors_run, stage_library, positions="response")
+    steer.run(setup, tmp_path / "run", model=model, judge=byte_judge)
+    stored = Rollouts.load(tmp_path / "run" / "gloomy" / "vector_block-1_coef+2" / "rollouts.parquet").table
+    vectors = PersonaVectors.load(vectors_run / "gloomy" / "vectors" / "vectors.safetensors")
+    (add,) = additions(vectors.of(), 1, 2.0, "response", "x")
+    prompts = [model.chat.prompt([{"role": "user", "content": q}]) for q in stored["question"]]
+    keys = [f"{i}#{s}" for i, s in zip(stored["question_id"], stored["sample"], strict=True)]
+    again = model.generate(prompts, setup.sampling(), row_keys=keys, interventions=[add], batch_size=3)
+    assert [g.text for g in again] == list(stored["answer"])
+    unsteered = Rollouts.load(tmp_path / "run" / "gloomy" / "unsteered" / "rollouts.parquet").table
+    assert list(unsteered["answer"]) != list(stored["answer"])
+
+
+def test_failed_scores_leave_the_mean_and_are_counted(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
+    byte_judge.fail_every = 4
+    result = steer.run(config(vectors_run, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    for row in result.table.itertuples():
+        slug = row.condition.replace(" ", "-") + ("" if row.block == "-" else f"_block-{row.block}_coef{row.coef:+g}")
+        scores = Rollouts.load(tmp_path / "run" / "gloomy" / slug / "rollouts.parquet").table["gloomy"]
+        assert row.n_failed_trait == scores.isna().sum()
+        assert row.trait_score == pytest.approx(scores.dropna().mean())
+    assert result.table["n_failed_trait"].sum() > 0
+
+
+def test_random_controls_have_the_vectors_length_at_every_block() -> None:
+    matrix = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6)[:, None]
+    one, same, other = random_like(matrix, 1), random_like(matrix, 1), random_like(matrix, 2)
+    torch.testing.assert_close(one.norm(dim=1), matrix.norm(dim=1))
+    assert torch.equal(one, same)
+    assert abs(float(torch.cosine_similarity(one[0], other[0], dim=0))) < 0.9
+
+
+def test_multi_layer_adds_the_incremental_vectors(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
+    model = tiny_models("qwen2")
+    setup = config(vectors_run, stage_library, blocks=(), multi_layer=True, n_random=1)
+    result = steer.run(setup, tmp_path / "run", model=model, judge=byte_judge)
+    assert set(result.table.loc[result.table["condition"] == "vector", "block"]) == {"incremental"}
+    meta = Rollouts.load(tmp_path / "run" / "gloomy" / "vector_block-incremental_coef+1" / "rollouts.parquet").meta
+    assert [edit["block"] for edit in meta["interventions"]] == list(range(model.n_blocks))
+
+
+def test_a_kl_strength_is_calibrated_and_the_controls_get_the_same_length(
+    tmp_path, tiny_models, stage_library, vectors_run, byte_judge
+) -> None:
+    setup = config(vectors_run, stage_library, unit="kl", coefs=(0.2,), n_random=1)
+    table = steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge).table.set_index("condition")
+    assert table.loc["vector", "raw_coef"] > 0 > table.loc["sign flip", "raw_coef"]
+    assert table.loc["random 0", "raw_coef"] == table.loc["vector", "raw_coef"]
+    assert table.loc["vector", "raw_coef"] != -table.loc["sign flip", "raw_coef"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit": "decibel"}, "unknown unit"),
+        ({"under": "maybe"}, "unknown prompt"),
+        ({"coefs": ()}, "coefs are"),
+        ({"coefs": (0.0, 1.0)}, "none of them 0"),
+        ({"blocks": (9,)}, "block 9 does not exist"),
+        ({"blocks": (-1,)}, "block -1 does not exist"),
+        ({"multi_layer": True}, "both blocks and multi_layer"),
+        ({"traits": ("chatty",)}, "no vectors of 'chatty'"),
+        ({"traits": ("gloomy", "gloomy")}, "given twice"),
+        ({"vectors": "nowhere"}, "no vectors at nowhere"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, tiny_models, stage_library, vectors_run, byte_judge, changes, message) -> None:
+    setup = config(vectors_run, stage_library)
+    setup = SteerConfig(**{**setup.__dict__, **changes})
+    with pytest.raises(UserError, match=message):
+        steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    assert byte_judge.asked == 0
+
+
+def test_vectors_of_another_width_are_refused(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    file = tmp_path / "narrow.safetensors"
+    PersonaVectors("gloomy", {"response_avg_diff": torch.ones(4, 32)}).save(file)
+    with pytest.raises(UserError, match=r"d_model=32.*d_model=48"):
+        steer.run(config(file, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
