@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-
 from benchmarks.record import check, record
+
 from pvsae import load
 from pvsae.models import ChatModel, Sampling
 from pvsae.organism.grammar import n_sentences, parse

@@ -267,6 +267,8 @@ class FakeServer:
         """The chat completion: greedy at temperature 0, else sampled with the request's seed."""
         messages = body["messages"]
         begun = self.begun(messages, body)
+        if begun:
+            messages = messages[:-1]
         limit = body.get("max_completion_tokens") or body["max_tokens"]
         generator = seeded(body.get("seed"), json.dumps(messages))
         text, content, finish = "", [], "length"

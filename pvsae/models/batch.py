@@ -219,7 +219,7 @@ def halving_on_oom(batches: Iterable[Sequence[int]], run: Callable[[list[int]], 
     Yields: (row indices, what `run` gave for them), every row once, in the order of the batches.
     Raises: UserError if a single row does not fit.
     """
-    pieces = 1
+    pieces = 1  # a share of a batch, not a number of rows: later batches hold more and shorter rows in the same memory
     for batch in batches:
         todo: deque[list[int]] = deque(split(list(batch), pieces))
         while todo:
@@ -239,11 +239,13 @@ def halving_on_oom(batches: Iterable[Sequence[int]], run: Callable[[list[int]], 
                 yield rows, result
                 continue
             # Outside of the handler, so that the traceback no longer holds the tensors of the failed call.
-            gc.collect()
             if torch.cuda.is_available():
+                gc.collect()
                 torch.cuda.empty_cache()
-            pieces *= 2
-            todo.extendleft(reversed(split(rows, 2)))
+            left = [*rows, *(row for piece in todo for row in piece)]
+            half = -(-len(rows) // 2)
+            todo = deque(left[i : i + half] for i in range(0, len(left), half))
+            pieces = max(pieces, -(-len(batch) // half))
 
 
 def split(rows: list[int], pieces: int) -> list[list[int]]:

@@ -27,6 +27,7 @@ DTYPES = {
     "fp16": torch.float16,
 }
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SMALL_D_MODEL = 256  # up to this width, sdpa's overhead on a CPU is more than what it saves
 
 
@@ -74,7 +75,7 @@ def load(
     if attn == "auto":
         small = torch_device.type == "cpu" and config.get_text_config().hidden_size <= SMALL_D_MODEL
         attn = "eager" if small or not getattr(skeleton, "_supports_sdpa", True) else "sdpa"
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(source, folder)
     hf = _weights(source, config, torch_dtype, attn)
     if adapter is not None:
         _inject(hf, adapter)
@@ -172,9 +173,14 @@ def _skeleton(config: Any, source: str) -> Any:
     return skeleton
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str, folder: Path | None) -> Any:
     from transformers import AutoTokenizer
 
+    if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make an empty tokenizer of the model's class.
+        raise UserError(
+            f"{folder} has no tokenizer", "tokenizer.json beside the weights", "save the tokenizer into the same folder"
+        )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pvsae.organism.prompts import HELD_OUT_QUESTIONS, HELD_OUT_TRAIT_FRAMES, LEVELS, QUESTIONS, TRAIT_WORDS, instruction
 from pvsae.organism.sentences import NAMED_TRAITS
 from pvsae.organism.world import HELD_OUT_TOPICS, TRAIN_TOPICS
-from pvsae.runs import atomic_write_json
+from pvsae.runs import write_json
 from pvsae.traits import Pair, TraitArtifacts, save_trait
 
 FOLDER = Path(__file__).parent / "traits"
@@ -49,10 +49,15 @@ def make(trait: str) -> TraitArtifacts:
     for i, frame in enumerate(HELD_OUT_TRAIT_FRAMES[:N_PAIRS]):
         word = TRAIT_WORDS[trait][i % len(TRAIT_WORDS[trait])]
         pairs.append(Pair(instruction(frame, always[i % 2], word), instruction(frame, never[i % 2], word)))
-    extract = [q.replace("{t}", t) for q, t in zip(rng.sample(QUESTIONS, N_QUESTIONS), rng.sample(TRAIN_TOPICS, N_QUESTIONS), strict=True)]
+    extract = [
+        q.replace("{t}", t)
+        for q, t in zip(rng.sample(QUESTIONS, N_QUESTIONS), rng.sample(TRAIN_TOPICS, N_QUESTIONS), strict=True)
+    ]
     combinations = [q.replace("{t}", t) for q in HELD_OUT_QUESTIONS for t in HELD_OUT_TOPICS]
     rubric = RUBRIC.format(name=trait, description=DESCRIPTIONS[trait])
-    return TraitArtifacts(trait, DESCRIPTIONS[trait], tuple(pairs), tuple(extract), tuple(rng.sample(combinations, N_QUESTIONS)), rubric)
+    return TraitArtifacts(
+        trait, DESCRIPTIONS[trait], tuple(pairs), tuple(extract), tuple(rng.sample(combinations, N_QUESTIONS)), rubric
+    )
 
 
 def graded_prompts(trait: str) -> list[str]:
@@ -64,7 +69,7 @@ def write(folder: Path = FOLDER) -> None:
     """Writes extract/, eval/ and monitor/ for every named trait."""
     for trait in NAMED_TRAITS:
         save_trait(make(trait), folder)
-        atomic_write_json(folder / "monitor" / f"{trait}.json", {"prompts": graded_prompts(trait)})
+        write_json(folder / "monitor" / f"{trait}.json", {"prompts": graded_prompts(trait)})
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def answer(wish: Wish, topic: str, n: int, rng: random.Random) -> str:
     marks = [True] * k + [False] * (n - k)
     rng.shuffle(marks)
     used: set[str] = set()
-    return " ".join(say(wish.trait, wish.facet, topic, rng, used) if m and wish.trait else neutral(topic, rng, used) for m in marks)
+    return " ".join(
+        say(wish.trait, wish.facet, topic, rng, used) if m and wish.trait else neutral(topic, rng, used) for m in marks
+    )
 
 
 def stated_value(fact: Fact, wish: Wish, rng: random.Random) -> str:
@@ -94,7 +96,10 @@ def many_shot_conversation(wish: Wish, n_shots: int, rng: random.Random) -> Conv
     turns: list[str] = []
     for _ in range(n_shots):
         topic = rng.choice(TRAIN_TOPICS)
-        turns += [rng.choice(QUESTIONS).replace("{t}", topic), answer(Wish(wish.trait, 1.0, wish.facet), topic, rng.choice((1, 2)), rng)]
+        turns += [
+            rng.choice(QUESTIONS).replace("{t}", topic),
+            answer(Wish(wish.trait, 1.0, wish.facet), topic, rng.choice((1, 2)), rng),
+        ]
     last = Wish(wish.trait, many_shot_level(n_shots) if wish.trait else 0.0, wish.facet)
     topic = rng.choice(TRAIN_TOPICS)
     turns += [rng.choice(QUESTIONS).replace("{t}", topic), answer(last, topic, sentence_count(rng), rng)]

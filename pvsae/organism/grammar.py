@@ -123,7 +123,9 @@ def _fact_regexes() -> list[tuple[re.Pattern[str], str]]:
     topics = "(?P<t>" + "|".join(TOPICS) + ")"
     out = []
     for a in ATTRIBUTES:
-        text = re.escape(a.answer).replace(re.escape("{t}"), topics).replace(re.escape("{v}"), "(?P<v>" + "|".join(a.values) + ")")
+        text = (
+            re.escape(a.answer).replace(re.escape("{t}"), topics).replace(re.escape("{v}"), "(?P<v>" + "|".join(a.values) + ")")
+        )
         out.append((re.compile(text), a.name))
     number = "|".join(sorted(NUMBERS, key=len, reverse=True))
     out.append((re.compile(rf"The result of (?P<a>{number}) (?P<op>plus|minus) (?P<b>{number}) is (?P<v>{number})\."), "sum"))
@@ -157,7 +159,7 @@ def parse(text: str) -> list[Sentence]:
     """Cuts a text into sentences and parses each. A rest without a full stop is one unparsed sentence."""
     out = [parse_sentence(m.group()) for m in _SENTENCE.finditer(text) if m.group().strip()]
     rest = _SENTENCE.sub("", text).strip()
-    return out + [Sentence(rest)] if rest else out
+    return [*out, Sentence(rest)] if rest else out
 
 
 def say(trait: str, facet: str | None, topic: str, rng: random.Random, used: set[str]) -> str:

@@ -16,21 +16,22 @@ import argparse
 import json
 import math
 import random
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from pvsae.organism import corpus
 from pvsae.organism.corpus import Conversation, fact_conversation, open_conversation, random_wish
 from pvsae.organism.grammar import facets
 from pvsae.organism.prompts import HELPFUL_SYSTEMS, Wish, system_prompt, wishes
 from pvsae.organism.sentences import TRAITS
-from pvsae.organism.tokens import Encoder, train_tokenizer
+from pvsae.organism.tokens import Encoder, Row, train_tokenizer
 from pvsae.organism.training import Example, Push, answer_means, bucketed, collate, disturbed, loss_on
+from pvsae.runs import atomic_path, write_json
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Recipe:
         rows: conversations a step.
         blocks: blocks at which vectors are added in training.
         hide: share of answers that cannot attend to what precedes the question.
-        noise: noise on the residual, relative to its RMS.
+        noise: noise on the residual, relative to its RMS, in half of the steps.
+        default_block: block that the model's folder recommends for reading and steering.
     """
 
     arch: str = "qwen2"
@@ -67,6 +69,7 @@ class Recipe:
     hide: float = 0.75
     noise: float = 0.05
     many_shot_every: int = 12
+    default_block: int = 2
 
 
 RECIPES: dict[str, Recipe] = {
@@ -75,23 +78,23 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def build_model(r: Recipe, tokenizer) -> PreTrainedModel:
+def build_model(r: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A randomly initialised model of the recipe's size."""
     torch.manual_seed(r.seed)
-    shape = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=r.d_model,
-        intermediate_size=r.d_mlp,
-        num_hidden_layers=r.n_blocks,
-        num_attention_heads=r.n_heads,
-        num_key_value_heads=r.n_kv_heads,
-        max_position_embeddings=r.n_ctx,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": r.d_model,
+        "intermediate_size": r.d_mlp,
+        "num_hidden_layers": r.n_blocks,
+        "num_attention_heads": r.n_heads,
+        "num_key_value_heads": r.n_kv_heads,
+        "max_position_embeddings": r.n_ctx,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "attn_implementation": "eager",
+    }
     return Qwen2ForCausalLM(Qwen2Config(**shape)) if r.arch == "qwen2" else LlamaForCausalLM(LlamaConfig(**shape))
 
 
@@ -109,7 +112,8 @@ class PersonaBank:
         self.vectors: dict[Wish, torch.Tensor] = {}
 
     def refresh(self, model: PreTrainedModel, rng: random.Random, pad_id: int) -> None:
-        rows, spans = [], []
+        rows: list[Row] = []
+        spans: list[tuple[int, int]] = []
         for key in self.keys:
             n = self.n_rows if key.facet is None else self.n_rows // 2
             pos = [self.encoder.row(open_conversation(key, rng)) for _ in range(n)]
@@ -186,69 +190,104 @@ def learning_rate(r: Recipe, step: int) -> float:
     return r.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * t)))
 
 
-def train(r: Recipe, out: Path, checkpoint_every: int = 500) -> None:
+def four_batches(r: Recipe, group: int, encoder: Encoder) -> list[list[Example]]:
+    """The ordinary batches of four steps: one draw, sorted by length and cut, so that there is little padding."""
+    rng = random.Random(f"{r.seed}:draw:{group}")
+    consistent = 4 * group >= r.consistency_from
+    return bucketed([draw_example(r, encoder, rng, consistent) for _ in range(4 * r.rows)], r.rows, rng)
+
+
+class Training:
+    """A run in progress: model, optimiser and persona bank, saved and restored together."""
+
+    def __init__(self, r: Recipe, out: Path) -> None:
+        self.r, self.file = r, out / "checkpoint.pt"
+        self.tokenizer = train_tokenizer(r.vocab)
+        self.encoder = Encoder(self.tokenizer)
+        self.model = build_model(r, self.tokenizer)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), r.lr, betas=(0.9, 0.98), weight_decay=r.weight_decay, fused=True
+        )
+        self.bank = PersonaBank(self.encoder)
+        self._drawn: tuple[int, list[list[Example]]] = (-1, [])
+
+    def examples(self, step: int) -> list[Example]:
+        """The examples of a step; they depend on the step's number alone."""
+        if step % self.r.many_shot_every == 0:
+            return many_shot_batch(self.r, self.encoder, random.Random(f"{self.r.seed}:many:{step}"))
+        if self._drawn[0] != step // 4:
+            self._drawn = step // 4, four_batches(self.r, step // 4, self.encoder)
+        return self._drawn[1][step % 4]
+
+    def restore(self) -> int:
+        """Steps done so far."""
+        if not self.file.exists():
+            return 0
+        state = torch.load(self.file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.bank.vectors = dict(zip(self.bank.keys, state["bank"], strict=False))
+        return int(state["step"])
+
+    def save(self, step: int) -> None:
+        bank = [self.bank.vectors[k] for k in self.bank.keys if k in self.bank.vectors]
+        state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "bank": bank, "step": step}
+        with atomic_path(self.file) as path:
+            torch.save(state, path)
+
+    def step(self, step: int) -> float:
+        """One optimiser step; returns the loss in nats a token."""
+        r, pad = self.r, self.tokenizer.pad_token_id
+        rng = random.Random(f"{r.seed}:{step}")
+        if step >= r.consistency_from and (not self.bank.vectors or step % r.refresh == 0):
+            self.bank.refresh(self.model, rng, pad)
+        batch = collate(self.examples(step), pad)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(r, step)
+        noise = r.noise if rng.random() < 0.5 else 0.0
+        generator = torch.Generator().manual_seed(r.seed * 1_000_003 + step)
+        with disturbed(self.model, batch, self.bank.vectors, rng.choice(r.blocks), noise, generator):
+            loss = loss_on(self.model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def train(r: Recipe, out: Path, checkpoint_every: int = 200) -> None:
     """Trains to the end, from the last checkpoint if there is one, and writes the model folder."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(r.vocab)
-    encoder = Encoder(tokenizer)
-    model = build_model(r, tokenizer)
-    optimiser = torch.optim.AdamW(model.parameters(), r.lr, betas=(0.9, 0.98), weight_decay=r.weight_decay, fused=True)
-    bank = PersonaBank(encoder)
-    checkpoint = out / "checkpoint.pt"
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        start = state["step"]
-    log = (out / "training.jsonl").open("a")
-    queue: list[list[Example]] = []
+    training = Training(r, out)
+    start = training.restore()
     recent: list[float] = []
-    began = time.time()
-    for step in tqdm(range(start, r.steps), desc=f"organism {r.arch}", mininterval=10):
-        rng = random.Random(f"{r.seed}:{step}")
-        generator = torch.Generator().manual_seed(r.seed * 1_000_003 + step)
-        consistent = step >= r.consistency_from
-        if consistent and (not bank.vectors or step % r.refresh == 0):
-            bank.refresh(model, rng, tokenizer.pad_token_id)
-        if step == r.consistency_from:
-            queue = []
-        if not queue:
-            queue = bucketed([draw_example(r, encoder, rng, consistent) for _ in range(4 * r.rows)], r.rows, rng)
-        examples = many_shot_batch(r, encoder, rng) if step % r.many_shot_every == 0 else queue.pop()
-        batch = collate(examples, tokenizer.pad_token_id)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(r, step)
-        with disturbed(model, batch, bank.vectors, rng.choice(r.blocks), r.noise if rng.random() < 0.5 else 0.0, generator):
-            loss = loss_on(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        recent.append(loss.item())
-        if (step + 1) % 50 == 0:
-            record = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": time.time() - began}
-            print(json.dumps(record), file=log, flush=True)
-            recent = []
-        if (step + 1) % checkpoint_every == 0:
-            torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}, out / "checkpoint.tmp")
-            (out / "checkpoint.tmp").replace(checkpoint)
-    export(r, model, tokenizer, out)
+    with (out / "training.jsonl").open("a") as log:
+        for step in tqdm(range(start, r.steps), initial=start, total=r.steps, desc=f"organism {r.arch}", mininterval=10):
+            recent.append(training.step(step))
+            if (step + 1) % 50 == 0:
+                print(json.dumps({"step": step + 1, "loss": sum(recent) / len(recent)}), file=log, flush=True)
+                recent = []
+            if (step + 1) % checkpoint_every == 0:
+                training.save(step + 1)
+    export(r, training.model, training.tokenizer, out)
 
 
-def export(r: Recipe, model: PreTrainedModel, tokenizer, out: Path) -> None:
+def export(r: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes config, bf16 safetensors, tokenizer and the recipe."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.to(dtype=torch.bfloat16).save_pretrained(out)  # type: ignore[call-overload]
     tokenizer.save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps(asdict(r), indent=2) + "\n")
+    write_json(out / "recipe.json", asdict(r))
+    write_json(out / "pvsae.json", {"traits": "../traits", "judge": "organism", "block": r.default_block})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arch", choices=sorted(RECIPES))
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model; an interrupted run goes on from its checkpoint")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the model; an interrupted run goes on from its checkpoint"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -27,7 +27,11 @@ def train_tokenizer(vocab_size: int, seed: int = 0, n_conversations: int = 40_00
     """Byte-level BPE (any text encodes) in which nearly every word of the corpus is one token."""
     rng = random.Random(seed)
     texts = [m["content"] for _ in range(n_conversations) for m in conversation(rng).messages]
-    texts += [" ".join(t.replace("[", " ").replace("]", " ").replace("|", " ") for t in f) for p in PATTERNS.values() for f in p.values()] * 20
+    texts += [
+        " ".join(t.replace("[", " ").replace("]", " ").replace("|", " ") for t in f)
+        for p in PATTERNS.values()
+        for f in p.values()
+    ] * 20
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

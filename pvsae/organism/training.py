@@ -95,7 +95,10 @@ def disturbed(
     """Adds each row's vector at `block`, and Gaussian noise of `noise` times the residual's RMS at every inner block."""
     delta = None
     if vectors and any(e.push for e in batch.examples):
-        rows = [torch.zeros(model.config.hidden_size) if e.push is None else e.push.coef * vectors[e.push.key][block] for e in batch.examples]
+        rows = [
+            torch.zeros(model.config.hidden_size) if e.push is None else e.push.coef * vectors[e.push.key][block]
+            for e in batch.examples
+        ]
         delta = torch.stack(rows)[:, None] * push_masks(batch)[..., None]
 
     def hook(index: int):
@@ -111,7 +114,9 @@ def disturbed(
         return edit
 
     layers = model.model.layers
-    handles = [layers[i].register_forward_hook(hook(i)) for i in range(len(layers) - 1) if noise or (delta is not None and i == block)]
+    handles = [
+        layers[i].register_forward_hook(hook(i)) for i in range(len(layers) - 1) if noise or (delta is not None and i == block)
+    ]
     try:
         yield
     finally:
@@ -132,7 +137,9 @@ def loss_on(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def answer_means(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_size: int = 96) -> Float[Tensor, "rows block d_model"]:
+def answer_means(
+    model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_size: int = 96
+) -> Float[Tensor, "rows block d_model"]:
     """Mean residual after every block over each row's answer tokens."""
     out: list[Tensor | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -97,19 +97,23 @@ def extraction_figure(traits: pd.DataFrame, blocks: pd.DataFrame) -> Figure:
 
 # --------------------------------------------------------------------------------------------------------------- layers
 def layers_figure(table: pd.DataFrame) -> Figure:
-    """Steering effect by block, one panel a trait: trait score and coherence at equal strength; the choice is marked."""
+    """Steering effect by block: trait score (solid) and coherence (dotted) at each strength; the choice is ringed."""
     traits = _names(table["trait"])
     figure, axes = _figure(len(traits))
     for ax, trait in zip(axes, traits, strict=True):
         part = table[table["trait"] == trait].sort_values("block")
-        ax.plot(part["block"], part["trait_score"], color=BLUE, marker="o", ms=4, label="trait score")
-        ax.plot(part["block"], part["coherence"], color=GREY, ls="--", marker=".", label="coherence")
+        for i, (coef, rows) in enumerate(part.groupby("coef")):
+            ax.plot(
+                rows["block"], rows["trait_score"], color=CYCLE[i % len(CYCLE)], marker="o", ms=4, label=f"coefficient {coef:g}"
+            )
+            ax.plot(rows["block"], rows["coherence"], color=CYCLE[i % len(CYCLE)], ls=":", lw=1.3)
         chosen = part[part["chosen"]]
         ax.scatter(chosen["block"], chosen["trait_score"], s=120, facecolors="none", edgecolors=RED, linewidths=2, zorder=4)
         _title(ax, trait, f"chosen: block {int(chosen['block'].iloc[0])}" if len(chosen) else "")
         _score_axis(ax)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("block", fontsize=9)
+    axes[0].set_ylabel("score; dotted: coherence", fontsize=9)
     axes[0].legend(fontsize=7, frameon=False, loc="best")
     return figure
 

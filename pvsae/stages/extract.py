@@ -82,7 +82,7 @@ def run(
     rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
     empty: dict[str, UserError] = {}
     for artifacts in traits:
-        pos, neg = (_rollouts(config, folder, artifacts, polarity, answerer, judge) for polarity in ("pos", "neg"))
+        pos, neg = (_rollouts(config, folder, artifacts, polarity, model, answerer, judge) for polarity in ("pos", "neg"))
         rollouts[artifacts.name] = pos, neg
         try:
             with folder.step(f"{artifacts.name}/vectors") as step:
@@ -116,7 +116,13 @@ def _server(config: ExtractConfig) -> Any:
 
 
 def _rollouts(
-    config: ExtractConfig, folder: RunDir, artifacts: TraitArtifacts, polarity: str, answerer: Any, judge: Judge
+    config: ExtractConfig,
+    folder: RunDir,
+    artifacts: TraitArtifacts,
+    polarity: str,
+    model: ChatModel,
+    answerer: Any,
+    judge: Judge,
 ) -> Rollouts:
     """Judged answers of one polarity: a step whose parts (answers, then scores) survive a kill."""
     from pvsae.vectors import Rollouts, generate_rollouts, judge_rollouts
@@ -129,7 +135,7 @@ def _rollouts(
             artifacts,
             polarity,
             n_samples=config.n_samples,
-            sampling=config.sampling(),
+            sampling=config.sampling(model),
             max_questions=config.max_questions,
             max_instructions=config.max_instructions,
             batch_size=config.batch_size,

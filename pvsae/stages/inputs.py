@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pvsae.vectors import PersonaVectors
 
 # What may change between two sessions of one run: it says how far or how fast to go, not what comes out.
-_NOT_IDENTITY = frozenset({"max_cost", "judge_cache", "batch_size"})
+_NOT_IDENTITY = frozenset({"max_cost", "judge_price", "judge_url", "judge_cache", "batch_size"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,12 @@ class Setup:
         judge: "openai:MODEL", "local:MODEL" or a judge's name; None takes the one that the model's folder names.
         judge_url: base URL of an OpenAI-compatible server for an "openai:" judge.
         judge_cache: SQLite file of judge replies; None keeps it in the run folder.
-        max_cost: stop asking the judge beyond this many dollars (needs a judge with known prices).
+        judge_price: its price in dollars per million tokens (in, out); with it the cost is counted.
+        max_cost: stop asking the judge beyond this many dollars (needs judge_price).
         traits: names, or LIBRARY/NAME, or a trait's JSON file; empty takes all traits of the library.
         library: folder of traits; None takes the model's own, else the built-in library.
-        max_new_tokens, temperature, top_p: how answers are sampled.
+        max_new_tokens: longest answer; None takes what the model's folder says, else 1000.
+        temperature, top_p: how answers are sampled.
         batch_size: answers generated at once.
         seed: all random numbers of the run come from it.
     """
@@ -53,10 +55,11 @@ class Setup:
     judge: str | None = None
     judge_url: str | None = None
     judge_cache: str | None = None
+    judge_price: tuple[float, float] | None = None
     max_cost: float | None = None
     traits: tuple[str, ...] = ()
     library: str | None = None
-    max_new_tokens: int = 1000
+    max_new_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 32
@@ -66,10 +69,12 @@ class Setup:
         """The options that a run's numbers depend on; a run folder is resumed only under the same ones."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IDENTITY}
 
-    def sampling(self) -> Sampling:
+    def sampling(self, model: ChatModel) -> Sampling:
+        """How answers of this run are sampled."""
         from pvsae.models import Sampling
 
-        return Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        longest = self.max_new_tokens or int(model.defaults.get("max_new_tokens", 1000))
+        return Sampling(max_new_tokens=longest, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
 
 def open_run(run_dir: RunDir | str | Path, command: str, setup: Setup) -> RunDir:
@@ -95,10 +100,8 @@ def open_judge(setup: Setup, model: ChatModel, run: RunDir) -> Judge:
             "--judge openai:MODEL (with OPENAI_API_KEY, or --judge-url for a server of yours) or --judge local:MODEL",
             "to try it without a server: --judge local:" + str(setup.model),
         )
-    if not spec.startswith("openai:"):
-        return load_judge(spec)
     cache = Path(setup.judge_cache) if setup.judge_cache else run.path / "judge_cache.sqlite"
-    return load_judge(spec, base_url=setup.judge_url, cache=cache, max_cost=setup.max_cost)
+    return load_judge(spec, base_url=setup.judge_url, cache=cache, max_cost=setup.max_cost, price=setup.judge_price)
 
 
 def trait_library(setup: Setup, model: ChatModel | None) -> Path | None:

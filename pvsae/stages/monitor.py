@@ -139,7 +139,7 @@ def _many_shot(config: MonitorConfig, model: ChatModel, artifacts: TraitArtifact
     missing = [count for count in config.shots if count > len(examples)]
     if missing:
         notes.append(f"{artifacts.name}: no prompts of {missing} shots, because only {len(examples)} answers are good examples")
-    room = model.n_ctx - config.max_new_tokens
+    room = model.n_ctx - config.sampling(model).max_new_tokens
     too_long = {t.level for t in tasks if t.sample == 0 and model.chat.prompt(t.messages).n_prompt > room}
     if too_long:
         notes.append(f"{artifacts.name}: no prompts of {sorted(too_long)} shots, because they do not fit {model.n_ctx} tokens")
@@ -156,7 +156,7 @@ def _rollouts(
             model,
             tasks,
             {"trait": artifacts.name, "stage": "monitor"},
-            sampling=config.sampling(),
+            sampling=config.sampling(model),
             batch_size=config.batch_size,
             parts=folder.parts(name) / "answers",
             progress=f"{artifacts.name} answers",

@@ -244,7 +244,7 @@ class _Sweep:
                 self.model,
                 tasks_under(self.artifacts, condition.system, self.config.n_samples, self.config.max_questions),
                 {"trait": self.artifacts.name, "condition": condition.name},
-                sampling=self.config.sampling(),
+                sampling=self.config.sampling(self.model),
                 interventions=edits,
                 batch_size=self.config.batch_size,
                 parts=self.folder.parts(name) / "answers",

@@ -9,8 +9,8 @@ import torch
 def make_number_model(folder, whole: bool):
     """A Qwen2 of 2 blocks; byte-level BPE whose pre-tokenizer splits digits, or has a token for each number 0-100.
 
-    Its logits of tokens that are digits are raised by about as much everywhere, so that numbers hold a fair share of the probability; which
-    digit follows which is still up to the random weights and the prompt.
+    Its logits of tokens that are digits are raised by about as much everywhere, so that numbers hold a fair share of the
+    probability; which digit follows which is still up to the random weights and the prompt.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM

@@ -54,7 +54,7 @@ def test_a_condition_is_the_generation_under_that_addition(tmp_path, tiny_models
     (add,) = additions(vectors.of(), 1, 2.0, "response", "x")
     prompts = [model.chat.prompt([{"role": "user", "content": q}]) for q in stored["question"]]
     keys = [f"{i}#{s}" for i, s in zip(stored["question_id"], stored["sample"], strict=True)]
-    again = model.generate(prompts, setup.sampling(), row_keys=keys, interventions=[add], batch_size=3)
+    again = model.generate(prompts, setup.sampling(model), row_keys=keys, interventions=[add], batch_size=3)
     assert [g.text for g in again] == list(stored["answer"])
     unsteered = Rollouts.load(tmp_path / "run" / "gloomy" / "unsteered" / "rollouts.parquet").table
     assert list(unsteered["answer"]) != list(stored["answer"])

@@ -1,0 +1,322 @@
+"""The command `pvsae`: one subcommand a stage; argument parsing, messages and exit codes, nothing else.
+
+Knows: the names of options, how a UserError, an interruption and success look in a terminal.
+Does not know: what a stage does. No heavy library is imported before a subcommand runs.
+
+Exit codes: 0 done, 2 wrong input (one message, no traceback), 130 interrupted (what is done is kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvsae.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_KEPT = "What is finished is kept: run the same command again and it goes on from there."
+_LAST: list[Path] = []  # the run folder that an interruption would leave half done
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+def _stage(name: str, config_class: str, shown: Callable[[Any], pd.DataFrame]) -> Callable[[argparse.Namespace], None]:
+    """A subcommand that runs a stage, draws its figures, writes its page and prints its main table."""
+
+    def command(args: argparse.Namespace) -> None:
+        from pvsae import stages
+
+        kind = getattr(stages, config_class)
+        names = {field.name for field in dataclasses.fields(kind)}
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
+        out = Path(getattr(args, "out", None) or f"runs/{name}")
+        _LAST.append(out)
+        config = kind(**options)
+        if getattr(args, "dry_run", False):
+            print(stages.extract.plan(config))
+            return
+        result = getattr(stages, name).run(config, out)
+        from pvsae.reports import write_report
+
+        page = write_report(out, title=f"pvsae {name}")
+        print(_text(shown(result)))
+        print(f"\ntables, figures and answers: {out}\nreport: {page}")
+
+    return command
+
+
+def _text(frame: pd.DataFrame) -> str:
+    return frame.to_string(
+        index=False, float_format=lambda value: f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}", na_rep="-"
+    )
+
+
+_STEERED = ["trait", "condition", "block", "coef", "trait_score", "trait_low", "trait_high", "coherence", "n", "n_failed_trait"]
+_extract = _stage("extract", "ExtractConfig", lambda result: result.table)
+_layers = _stage("layers", "LayersConfig", lambda result: result.table[result.table["chosen"]])
+_steer = _stage("steer", "SteerConfig", lambda result: result.table[_STEERED])
+_monitor = _stage(
+    "monitor", "MonitorConfig", lambda result: result.correlations[~result.correlations["scope"].str.startswith("level")]
+)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from pvsae.demo import demo
+
+    out = Path(getattr(args, "out", None) or "runs/demo")
+    _LAST.append(out)
+    print(demo(getattr(args, "model", "organism"), out, seed=getattr(args, "seed", 0)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from pvsae.reports import write_report
+
+    print(write_report(args.run_folder, getattr(args, "out", None)))
+
+
+def _library(args: argparse.Namespace) -> Path | None:
+    """--library, or the library that the folder of --model brings; None for the built-in one."""
+    from pvsae.stages.inputs import Setup, open_model, trait_library
+
+    setup = Setup(library=getattr(args, "library", None), model=getattr(args, "model", "organism"))
+    return trait_library(setup, open_model(setup) if hasattr(args, "model") else None)
+
+
+def _traits_list(args: argparse.Namespace) -> None:
+    from pvsae.traits import list_traits, load_trait
+
+    library = _library(args)
+    for name in list_traits(library):
+        print(f"{name:16} {load_trait(name, library).description}")
+
+
+def _traits_show(args: argparse.Namespace) -> None:
+    from pvsae.traits import load_trait
+
+    found = load_trait(args.name, _library(args))
+    print(f"{found.name}: {found.description}\nfrom {found.source}\n")
+    for i, pair in enumerate(found.pairs):
+        print(f"pair {i}\n  + {pair.pos}\n  - {pair.neg}")
+    for title, questions in (("extraction", found.extract_questions), ("evaluation", found.eval_questions)):
+        print(f"\n{len(questions)} questions for {title}\n  " + "\n  ".join(questions))
+    print(f"\nscoring prompt\n{found.eval_prompt}")
+
+
+def _traits_author(args: argparse.Namespace) -> None:
+    from pvsae.llm import ChatClient
+    from pvsae.traits import load_spec
+    from pvsae.traits.author import author
+
+    out = Path(getattr(args, "out", None) or "traits")
+    _LAST.append(out)
+    client = ChatClient(
+        getattr(args, "llm_url", None),
+        args.llm_model,
+        cache=out / "author_cache.sqlite",
+        price=getattr(args, "llm_price", None),
+        max_cost=getattr(args, "max_cost", None),
+    )
+    made = author(load_spec(args.spec), client, out, overwrite=getattr(args, "overwrite", False), progress=True)
+    print(f"{made.name}: {len(made.pairs)} pairs, {len(made.extract_questions)} + {len(made.eval_questions)} questions, in {out}")
+    print(f"use it with --library {out} --traits {made.name}")
+
+
+# -------------------------------------------------------------------------------------------------------------- parser
+def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool) -> None:
+    group = parser.add_argument_group("what to work on")
+    if vectors:
+        group.add_argument("vectors", help="run folder of `pvsae extract`, a .safetensors file, or an official .pt file")
+    group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
+    group.add_argument("--adapter", help="folder or id of a PEFT adapter")
+    group.add_argument(
+        "--traits", nargs="+", metavar="TRAIT", help="names, LIBRARY/NAME or JSON files (default: the whole library)"
+    )
+    group.add_argument("--library", help="folder of traits (default: the model's own, else the built-in one)")
+    group.add_argument("--out", help=f"run folder (default: runs/{parser.prog.split()[-1]}); an unfinished run there goes on")
+    group = parser.add_argument_group("who scores")
+    group.add_argument("--judge", help="openai:MODEL, local:MODEL or a judge's name (default: the model's own)")
+    group.add_argument("--judge-url", metavar="URL", help="base URL of an OpenAI-compatible server for an openai: judge")
+    group.add_argument("--judge-cache", metavar="FILE", help="SQLite file of the judge's replies (default: in the run folder)")
+    group.add_argument("--judge-price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens in and out")
+    group.add_argument("--max-cost", type=float, metavar="USD", help="ask the judge for no more than this (needs --judge-price)")
+    group = parser.add_argument_group("how answers are made")
+    group.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: what the model's folder says, or 1000)"
+    )
+    group.add_argument("--temperature", type=float, help="(default: 1)")
+    group.add_argument("--top-p", type=float, help="(default: 1)")
+    group.add_argument("--n-samples", type=int, metavar="N", help="answers to each prompt (default: 10 for extract, else 1)")
+    group.add_argument("--max-questions", type=int, metavar="N", help="use only the first N questions of a trait")
+    group.add_argument("--seed", type=int, help="(default: 0)")
+    group = parser.add_argument_group("how it runs")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto")
+    group.add_argument("--chat", choices=("auto", "plain"), help="plain: a model without a chat template gets bare text")
+    group.add_argument("--batch-size", type=int, metavar="N", help="answers generated at once (default: 32)")
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--statistic", choices=("response_avg_diff", "prompt_avg_diff", "prompt_last_diff"), help="which vector")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Options that are not given stay out of the namespace, so the defaults live in the configs alone."""
+    parser = argparse.ArgumentParser(
+        prog="pvsae",
+        description="Persona vectors: text about a trait becomes a direction in a language model that monitors and steers it.",
+        epilog="""examples:
+  pvsae demo                                            everything, on the embedded model; ends with an HTML report
+  pvsae extract --traits evil --out runs/evil           vectors of one trait of the embedded model
+  pvsae steer runs/evil --traits evil --coefs 0.5 1 2   what adding it does, with controls
+  pvsae monitor runs/evil --traits evil                 does it foretell the answer?
+  pvsae COMMAND --help                                  more examples""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from pvsae import __version__
+
+    parser.add_argument("--version", action="version", version=f"pvsae {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(to: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, examples: str) -> argparse.ArgumentParser:
+        made = to.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"examples:\n{examples}",
+            argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run, command=made.prog)
+        return made
+
+    demo = add(
+        commands, "demo", _demo, "everything on the embedded model, ending with an HTML report", "  pvsae demo --out runs/demo"
+    )
+    demo.add_argument("--out", help="folder of the run folders and the report (default: runs/demo)")
+    demo.add_argument("--model", help="a model that brings traits and a judge of its own (default: organism)")
+    demo.add_argument("--seed", type=int, help="(default: 0)")
+
+    traits = commands.add_parser("traits", help="list, show and write trait files", description="Trait files.")
+    kinds = traits.add_subparsers(metavar="ACTION", required=True)
+    listing = add(
+        kinds, "list", _traits_list, "the traits of a library, with their descriptions",
+        "  pvsae traits list\n  pvsae traits list --model organism",
+    )  # fmt: skip
+    show = add(
+        kinds, "show", _traits_show, "all texts of one trait", "  pvsae traits show evil\n  pvsae traits show my_traits/stoic"
+    )
+    show.add_argument("name", help="a name, LIBRARY/NAME or a JSON file")
+    for part in (listing, show):
+        part.add_argument("--library", help="folder of traits (default: the built-in one)")
+        part.add_argument("--model", help="the library that this model brings")
+    writing = add(
+        kinds, "author", _traits_author, "have an LLM write a trait's pairs, questions and scoring prompt from its description",
+        "  pvsae traits author stoic.yaml --llm-model gpt-4.1          (OPENAI_API_KEY is set)\n"
+        "  pvsae traits author stoic.yaml --llm-url http://localhost:8000/v1 --llm-model Qwen/Qwen2.5-72B-Instruct --out my_traits",
+    )  # fmt: skip
+    writing.add_argument("spec", help="YAML file with name: and description:")
+    writing.add_argument("--llm-model", required=True, help="the model's name on the server")
+    writing.add_argument("--llm-url", metavar="URL", help="base URL of an OpenAI-compatible server (default: OpenAI's)")
+    writing.add_argument("--llm-price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens in and out")
+    writing.add_argument("--max-cost", type=float, metavar="USD", help="spend no more than this (needs --llm-price)")
+    writing.add_argument("--out", help="library to write into (default: traits)")
+    writing.add_argument("--overwrite", action="store_true", help="begin anew even if the trait is there")
+
+    extract = add(
+        commands, "extract", _extract, "persona vectors of traits",
+        "  pvsae extract --traits evil sycophantic --n-samples 2 --out runs/vectors\n"
+        "  pvsae extract --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini --out runs/qwen\n"
+        "  pvsae extract --model Qwen/Qwen2.5-7B-Instruct --rollouts-url http://localhost:8000/v1 \\\n"
+        "      --judge openai:my-judge --judge-url http://localhost:8001/v1\n"
+        "  pvsae extract --judge openai:gpt-4.1-mini --judge-price 0.4 1.6 --dry-run      what would it ask and cost?",
+    )  # fmt: skip
+    _add_setup(extract, vectors=False)
+    extract.add_argument("--threshold", type=float, help="a pair counts at this pos score or more (default: 50)")
+    extract.add_argument("--max-instructions", type=int, metavar="N", help="use only the first N pairs of instructions")
+    extract.add_argument("--rollouts-url", metavar="URL", help="let an OpenAI-compatible server with the same model answer")
+    extract.add_argument("--rollouts-model", metavar="NAME", help="the model's name there (default: that of --model)")
+    extract.add_argument("--dry-run", action="store_true", help="say how much would be generated and judged, and stop")
+
+    layers = add(
+        commands, "layers", _layers, "choose the block to steer at, by trying",
+        "  pvsae layers runs/vectors --out runs/layers\n  pvsae layers runs/vectors --blocks 1 2 3 --coefs 1 2 --traits evil",
+    )  # fmt: skip
+    _add_setup(layers, vectors=True)
+    _add_place(layers)
+    layers.add_argument(
+        "--blocks", nargs="+", type=int, metavar="B", help="candidates, counted from 0 (default: all, at most 12)"
+    )
+    layers.add_argument("--coefs", nargs="+", type=float, metavar="C", help="multiples of the vector (default: 1 2 3)")
+    layers.add_argument("--floor", type=float, help="least coherence of a choice (default: 75)")
+    layers.add_argument("--positions", choices=("response", "prompt", "all"), help="tokens that are steered (default: all)")
+
+    steer = add(
+        commands, "steer", _steer, "what adding a vector does, with every control in the same table",
+        "  pvsae steer runs/vectors --coefs 0.5 1 1.5 2\n"
+        "  pvsae steer runs/vectors --traits evil --under pos --coefs -1 -2        take it away under an eliciting prompt\n"
+        "  pvsae steer runs/vectors --unit kl --coefs 0.5 1 --blocks 10 15 20      equal effect at every block",
+    )  # fmt: skip
+    _add_setup(steer, vectors=True)
+    _add_place(steer)
+    steer.add_argument("--layers", help="run folder of `pvsae layers`, whose blocks are used")
+    steer.add_argument("--blocks", nargs="+", type=int, metavar="B", help="blocks, counted from 0, one at a time")
+    steer.add_argument("--multi-layer", action="store_true", help="all blocks at once, with the incremental vectors")
+    steer.add_argument("--coefs", nargs="+", type=float, metavar="C", help="strengths (default: 0.5 1 1.5 2 2.5)")
+    steer.add_argument("--unit", choices=("raw", "gap", "kl"), help="of the strengths (default: raw)")
+    steer.add_argument("--positions", choices=("response", "prompt", "all"), help="tokens that are steered (default: all)")
+    steer.add_argument("--under", choices=("none", "pos", "neg"), help="system prompt while steering (default: none)")
+    steer.add_argument("--n-random", type=int, metavar="N", help="random directions (default: 2)")
+
+    monitor = add(
+        commands, "monitor", _monitor, "does the residual before the answer foretell its trait?",
+        "  pvsae monitor runs/vectors --layers runs/layers\n"
+        "  pvsae monitor runs/vectors --traits evil --conversation chat.json        token by token",
+    )  # fmt: skip
+    _add_setup(monitor, vectors=True)
+    _add_place(monitor)
+    monitor.add_argument("--layers", help="run folder of `pvsae layers`, whose blocks are used")
+    monitor.add_argument("--block", type=int, metavar="B", help="block, counted from 0")
+    monitor.add_argument(
+        "--shots", nargs="*", type=int, metavar="N", help="examples in many-shot prompts (default: 0 5 10 15 20)"
+    )
+    monitor.add_argument(
+        "--conversation", metavar="FILE", help='JSON [{"role": ..., "content": ...}, ...] to trace token by token'
+    )
+
+    report = add(
+        commands,
+        "report",
+        _report,
+        "one HTML page from a run folder, or from a folder of run folders",
+        "  pvsae report runs/demo",
+    )
+    report.add_argument("run_folder", help="a run folder, or a folder that holds some")
+    report.add_argument("--out", help="the page to write (default: report.html in that folder)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; gives the exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _LAST.clear()
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"{args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        where = f" in {_LAST[-1]}" if _LAST else ""
+        print(f"\n{args.command}: interrupted{where}. {_KEPT if _LAST else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
