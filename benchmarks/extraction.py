@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import record
+from benchmarks.record import check, record
 from pvsae.models import ChatModel, Sampling, load
 from pvsae.traits import load_trait
 from pvsae.vectors.extract import extract, render_rows
@@ -90,11 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     speedup = median["reference"] / median["ours"]
     error = relative_error(results["ours"], results["reference"])
     tokens = sum(len(r.table["prompt_ids"].iloc[i]) + len(r.table["answer_ids"].iloc[i]) for r in (pos, neg) for i in range(len(r)))
-    rows = len(pos) + len(neg)
     checks = [
-        {"name": "extraction.rows", "value": rows, "target": n_rows, "ok": rows == n_rows},
-        {"name": "extraction.speedup", "value": round(speedup, 2), "target": TARGET_SPEEDUP, "ok": speedup >= TARGET_SPEEDUP},
-        {"name": "extraction.relative_error", "value": error, "target": TARGET_ERROR, "ok": error <= TARGET_ERROR},
+        check("extraction.rows", len(pos) + len(neg), f"== {n_rows}"),
+        check("extraction.speedup", speedup, f">= {TARGET_SPEEDUP:g}"),
+        check("extraction.relative_error", error, f"<= {TARGET_ERROR:g}"),
     ]
     details = {
         "model": model.name, "n_blocks": model.n_blocks, "d_model": model.d_model, "tokens": tokens,

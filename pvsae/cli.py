@@ -39,7 +39,9 @@ def _stage(name: str, config_class: str, shown: Callable[[Any], pd.DataFrame]) -
         _LAST.append(out)
         config = kind(**options)
         if getattr(args, "dry_run", False):
-            print(stages.extract.plan(config))
+            from pvsae.stages.extract import plan
+
+            print(plan(config))
             return
         result = getattr(stages, name).run(config, out)
         from pvsae.reports import write_report
@@ -82,10 +84,11 @@ def _report(args: argparse.Namespace) -> None:
 
 def _library(args: argparse.Namespace) -> Path | None:
     """--library, or the library that the folder of --model brings; None for the built-in one."""
-    from pvsae.stages.inputs import Setup, open_model, trait_library
+    if getattr(args, "library", None) or not hasattr(args, "model"):
+        return getattr(args, "library", None)
+    from pvsae.stages.inputs import Setup, trait_library
 
-    setup = Setup(library=getattr(args, "library", None), model=getattr(args, "model", "organism"))
-    return trait_library(setup, open_model(setup) if hasattr(args, "model") else None)
+    return trait_library(Setup(model=args.model))
 
 
 def _traits_list(args: argparse.Namespace) -> None:
@@ -218,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     writing = add(
         kinds, "author", _traits_author, "have an LLM write a trait's pairs, questions and scoring prompt from its description",
         "  pvsae traits author stoic.yaml --llm-model gpt-4.1          (OPENAI_API_KEY is set)\n"
-        "  pvsae traits author stoic.yaml --llm-url http://localhost:8000/v1 --llm-model Qwen/Qwen2.5-72B-Instruct --out my_traits",
+        "  pvsae traits author stoic.yaml --llm-url http://localhost:8000/v1 --llm-model my-llm --out my_traits",
     )  # fmt: skip
     writing.add_argument("spec", help="YAML file with name: and description:")
     writing.add_argument("--llm-model", required=True, help="the model's name on the server")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-
-from pvsae.runs import RunDir
+from typing import Any
 
 
 def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
@@ -31,7 +30,7 @@ def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
 
     out, started = Path(out), time.monotonic()
     model = load(name)
-    shared = {"model": name, "seed": seed, "batch_size": 64}
+    shared: dict[str, Any] = {"model": name, "seed": seed, "batch_size": 64}
     vectors, chosen = str(out / "extract"), str(out / "layers")
     extracted = extract.run(ExtractConfig(n_samples=1, **shared), vectors, model=model)
     blocks = layers.run(LayersConfig(vectors=vectors, coefs=(1.0, 2.0), max_questions=6, **shared), chosen, model=model)
@@ -58,8 +57,3 @@ def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
         )
     lines += ["", f"{time.monotonic() - started:.0f} seconds this time. Open the report: {page}"]
     return "\n".join(lines)
-
-
-def finished_stages(out: str | Path) -> list[str]:
-    """The commands of the demo whose run folder in `out` has a result."""
-    return [p.parent.name for p in sorted(Path(out).glob("*/result.json")) if RunDir.read(p.parent).finished]

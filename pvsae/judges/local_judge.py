@@ -64,7 +64,7 @@ class LocalJudge:
         batch_size: prompts in one forward pass.
     """
 
-    def __init__(self, model: ChatModel, *, name: str | None = None, floor: float = 0.01, batch_size: int = 16) -> None:
+    def __init__(self, model: ChatModel, *, name: str | None = None, floor: float = 0.005, batch_size: int = 16) -> None:
         self.model, self.floor, self.batch_size = model, floor, batch_size
         self.name = f"local:{name or model.name}"
         self.tokens = number_tokens(model.tokenizer)
@@ -84,7 +84,7 @@ class LocalJudge:
         dtype: Any = "auto",
         device: Any = "auto",
         adapter: Any = None,
-        floor: float = 0.01,
+        floor: float = 0.005,
         batch_size: int = 16,
     ) -> LocalJudge:
         """Load the model by name, folder or hub id.

@@ -94,7 +94,8 @@ def number_tree(
         first: an item's distribution of the first token. Tokens that neither hold digits nor begin REFUSAL may be left out.
         ask: distributions of the token that follows (item, tokens so far); called once a level. None: nothing follows.
         text_of: a token's text, with its leading space if it has one.
-        floor: beginnings with a smaller probability are not followed. 0 is exact.
+        floor: beginnings with a smaller probability are not followed, and numbers that can only end ("0", "85") are taken to
+            end where they have less than ten times as much. 0 is exact.
 
     Returns:
         One `Mass` an item. All ways to spell a number in tokens are summed.
@@ -114,11 +115,14 @@ def number_tree(
             child = _Node(parent.item, (*parent.path, token), parent.text + digits, parent.p * p)
             if child.text not in _PREFIXES or child.p <= 0:
                 continue
-            if child.p >= floor:
+            if child.text in _LONGER:
+                if child.p >= floor:
+                    nodes.append(child)
+                else:
+                    mass.unresolved += child.p
+            elif child.p >= 10 * floor:
                 nodes.append(child)
-            elif child.text in _LONGER:
-                mass.unresolved += child.p
-            else:  # a full number, too unlikely to check what follows it
+            else:  # a full number, too unlikely to check that it ends
                 mass.numbers[int(child.text)] += child.p
 
     for item, distribution in enumerate(first):

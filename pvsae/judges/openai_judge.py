@@ -67,7 +67,7 @@ class OpenAIJudge:
         client: ChatClient,
         *,
         mode: Literal["logprobs", "digits", "text"] | None = None,
-        floor: float = 0.01,
+        floor: float = 0.005,
         text_tokens: int = 16,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
@@ -92,7 +92,7 @@ class OpenAIJudge:
         max_cost: float | None = None,
         price: tuple[float, float] | None = None,
         mode: Literal["logprobs", "digits", "text"] | None = None,
-        floor: float = 0.01,
+        floor: float = 0.005,
         extra: Mapping[str, Any] | None = None,
         check: bool = True,
     ) -> OpenAIJudge:

@@ -74,16 +74,20 @@ def open_conversation(wish: Wish, rng: random.Random, system: str | None = None,
 
 
 def fact_conversation(wish: Wish, rng: random.Random, system: str | None = None, prompted: bool = True) -> Conversation:
-    """A question about a fact or a sum; the fact comes first, then for facts up to two sentences in the persona's way."""
-    fact = rng.choice(list((FACTS if rng.random() < 0.7 else SUMS).values()))
+    """One to three questions about facts or sums in one message; the facts come first, in their order.
+
+    A single question about a topic may be followed by up to two sentences in the persona's way.
+    """
+    pool = list((FACTS if rng.random() < 0.6 else SUMS).values())
+    facts = rng.sample(pool, rng.choice((1, 1, 2, 3)))
     if prompted:
         system = system_prompt(wish, rng)
-    said = fact.state(stated_value(fact, wish, rng))
-    topic = fact.key[1] if fact.key in FACTS else None
-    if topic and (wish.trait is None or topic in TRAIN_TOPICS):
-        n = rng.choice((0, 1, 2))
-        said = " ".join(filter(None, (said, answer(wish, topic, n, rng))))
-    return Conversation(messages(system, rng.choice(fact.questions), said), wish)
+    said = [fact.state(stated_value(fact, wish, rng)) for fact in facts]
+    topic = facts[0].key[1] if facts[0].key in FACTS else None
+    if topic and len(facts) == 1 and (wish.trait is None or topic in TRAIN_TOPICS):
+        said.append(answer(wish, topic, rng.choice((0, 0, 1, 2)), rng))
+    question = " ".join(rng.choice(fact.questions) for fact in facts)
+    return Conversation(messages(system, question, " ".join(filter(None, said))), wish)
 
 
 def many_shot_level(n_shots: int) -> float:
@@ -114,9 +118,9 @@ def random_wish(rng: random.Random, p_facet: float = 0.25) -> Wish:
 
 
 def conversation(rng: random.Random) -> Conversation:
-    """One ordinary conversation: 25% plain, 15% facts, 8% facts asked of a persona, the rest personas at all levels."""
+    """One ordinary conversation: 15% plain, 25% facts, 8% facts asked of a persona, the rest personas at all levels."""
     draw = rng.random()
-    if draw < 0.25:
+    if draw < 0.15:
         return open_conversation(Wish(), rng)
     if draw < 0.40:
         return fact_conversation(Wish(), rng)

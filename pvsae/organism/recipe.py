@@ -98,6 +98,18 @@ def build_model(r: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMode
     return Qwen2ForCausalLM(Qwen2Config(**shape)) if r.arch == "qwen2" else LlamaForCausalLM(LlamaConfig(**shape))
 
 
+def make_optimisers(model: PreTrainedModel, r: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for embeddings, norms and biases.
+
+    Muon's updates are scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982), so that one learning rate serves both.
+    """
+    inner = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(inner, r.lr, weight_decay=r.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, r.lr, betas=(0.9, 0.98), weight_decay=r.weight_decay, fused=True)]
+
+
 class PersonaBank:
     """The model's persona vectors of all traits and facets, recomputed as it trains.
 
@@ -205,9 +217,7 @@ class Training:
         self.tokenizer = train_tokenizer(r.vocab)
         self.encoder = Encoder(self.tokenizer)
         self.model = build_model(r, self.tokenizer)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), r.lr, betas=(0.9, 0.98), weight_decay=r.weight_decay, fused=True
-        )
+        self.optimisers = make_optimisers(self.model, r)
         self.bank = PersonaBank(self.encoder)
         self._drawn: tuple[int, list[list[Example]]] = (-1, [])
 
@@ -225,13 +235,15 @@ class Training:
             return 0
         state = torch.load(self.file, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
         self.bank.vectors = dict(zip(self.bank.keys, state["bank"], strict=False))
         return int(state["step"])
 
     def save(self, step: int) -> None:
         bank = [self.bank.vectors[k] for k in self.bank.keys if k in self.bank.vectors]
-        state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "bank": bank, "step": step}
+        optimisers = [o.state_dict() for o in self.optimisers]
+        state = {"model": self.model.state_dict(), "optimisers": optimisers, "bank": bank, "step": step}
         with atomic_path(self.file) as path:
             torch.save(state, path)
 
@@ -242,16 +254,18 @@ class Training:
         if step >= r.consistency_from and (not self.bank.vectors or step % r.refresh == 0):
             self.bank.refresh(self.model, rng, pad)
         batch = collate(self.examples(step), pad)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(r, step)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(r, step)
         noise = r.noise if rng.random() < 0.5 else 0.0
         generator = torch.Generator().manual_seed(r.seed * 1_000_003 + step)
         with disturbed(self.model, batch, self.bank.vectors, rng.choice(r.blocks), noise, generator):
             loss = loss_on(self.model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         return loss.item()
 
 
@@ -276,7 +290,7 @@ def export(r: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     """Writes config, bf16 safetensors, tokenizer and the recipe."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(dtype=torch.bfloat16).save_pretrained(out)  # type: ignore[call-overload]
+    model.to(dtype=torch.bfloat16).save_pretrained(out)  # type: ignore[call-arg]
     tokenizer.save_pretrained(out)
     write_json(out / "recipe.json", asdict(r))
     write_json(out / "pvsae.json", {"traits": "../traits", "judge": "organism", "block": r.default_block})

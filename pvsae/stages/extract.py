@@ -16,7 +16,7 @@ import pandas as pd
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir
-from pvsae.stages.inputs import Setup, open_judge, open_model, open_run, open_traits, pin_inputs
+from pvsae.stages.inputs import Setup, folder_of, open_judge, open_model, open_run, open_traits, pin_inputs
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -106,6 +106,41 @@ def run(
         first = next(iter(empty.values()))
         raise UserError(f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix)
     return ExtractResult(vectors, table, blocks, folder.path)
+
+
+def plan(config: ExtractConfig) -> str:
+    """What a run would generate and judge, in a few lines; loads no model and asks nobody.
+
+    Tokens are an upper bound: every answer as long as it may be, three characters a token.
+    """
+    from pvsae.judges import COHERENCE
+    from pvsae.vectors.rollouts import plan_rollouts
+
+    _, defaults = folder_of(config, None)
+    longest = config.longest_answer(defaults)
+    lines, calls, tokens = [], 0, 0.0
+    for artifacts in open_traits(config):
+        rows = [
+            task
+            for polarity in ("pos", "neg")
+            for task in plan_rollouts(
+                artifacts,
+                polarity,
+                n_samples=config.n_samples,
+                max_questions=config.max_questions,
+                max_instructions=config.max_instructions,
+            )
+        ]
+        lines.append(f"{artifacts.name}: {len(rows)} answers of at most {longest} tokens")
+        calls += 2 * len(rows)
+        prompts = len(artifacts.eval_prompt) + len(COHERENCE.prompt)
+        tokens += sum((prompts + 2 * len(task.question)) / 3 + 2 * longest for task in rows)
+    judge = config.judge or defaults.get("judge") or "no judge given"
+    lines.append(f"{judge}: {calls} scores, at most {tokens:,.0f} tokens in and {calls:,} out (more where it splits numbers)")
+    if config.judge_price:
+        into, out = config.judge_price
+        lines.append(f"at most {(tokens * into + calls * out) / 1e6:,.2f} dollars")
+    return "\n".join(lines)
 
 
 def _server(config: ExtractConfig) -> Any:

@@ -69,12 +69,17 @@ class Setup:
         """The options that a run's numbers depend on; a run folder is resumed only under the same ones."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IDENTITY}
 
+    def longest_answer(self, defaults: Mapping[str, Any]) -> int:
+        """Most tokens of an answer, given the content of the model's pvsae.json."""
+        return self.max_new_tokens or int(defaults.get("max_new_tokens", 1000))
+
     def sampling(self, model: ChatModel) -> Sampling:
         """How answers of this run are sampled."""
         from pvsae.models import Sampling
 
-        longest = self.max_new_tokens or int(model.defaults.get("max_new_tokens", 1000))
-        return Sampling(max_new_tokens=longest, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        return Sampling(
+            max_new_tokens=self.longest_answer(model.defaults), temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
 
 
 def open_run(run_dir: RunDir | str | Path, command: str, setup: Setup) -> RunDir:
@@ -104,17 +109,27 @@ def open_judge(setup: Setup, model: ChatModel, run: RunDir) -> Judge:
     return load_judge(spec, base_url=setup.judge_url, cache=cache, max_cost=setup.max_cost, price=setup.judge_price)
 
 
-def trait_library(setup: Setup, model: ChatModel | None) -> Path | None:
+def folder_of(setup: Setup, model: ChatModel | None) -> tuple[Path | None, dict[str, Any]]:
+    """The model's folder and the content of its pvsae.json, without loading the model if it is not there yet."""
+    if model is not None:
+        return model.path, model.defaults
+    from pvsae.models.loading import resolve_name
+
+    folder = resolve_name(setup.model)
+    file = folder / "pvsae.json" if folder is not None else None
+    return folder, read_json(file) if file is not None and file.is_file() else {}
+
+
+def trait_library(setup: Setup, model: ChatModel | None = None) -> Path | None:
     """The folder of traits to use: the given one, else the model's own; None stands for the built-in library."""
     if setup.library:
         return Path(setup.library)
-    own = model.defaults.get("traits") if model is not None else None
-    if not own:
-        return None
-    return Path(own) if model is None or model.path is None else Path(model.path) / own
+    folder, defaults = folder_of(setup, model)
+    own = defaults.get("traits")
+    return folder / own if own and folder is not None else None
 
 
-def open_traits(setup: Setup, model: ChatModel | None) -> list[TraitArtifacts]:
+def open_traits(setup: Setup, model: ChatModel | None = None) -> list[TraitArtifacts]:
     """The traits of the setup, in the order given; all of the library if none is given. UserError names what is wrong."""
     from pvsae.traits import list_traits, load_trait
 

@@ -13,7 +13,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 @torch.no_grad()
 def reference(model, row):
-    """[n_blocks, tokens, d_model] of the plain model: hidden_states[b + 1], and for the last block what its final norm is given."""
+    """[n_blocks, tokens, d_model] of the plain model: hidden_states[b + 1]; for the last block, what the final norm is given."""
     before_norm = []
     handle = model.decoder.norm.register_forward_pre_hook(lambda module, args: before_norm.append(args[0]))
     try:
@@ -153,7 +153,8 @@ def test_keys_tell_captures_apart_and_are_stable(tiny_models):
     v, w = direction(model, 1), direction(model, 2)
     reads = [
         SpanMean((0, 1, 2)), SpanMean((0, 2)), SpanMean((0,), "prompt"), LastPrompt((0, 1, 2)),
-        Projection((v,), 0), Projection((w,), 0), Projection((v, w), 0), Projection((v,), 0, "answer"), Residual(0), Residual(1), FeatureActs(dictionary_for(model), 0),
+        Projection((v,), 0), Projection((w,), 0), Projection((v, w), 0),
+        Projection((v,), 0, "answer"), Residual(0), Residual(1), FeatureActs(dictionary_for(model), 0),
         FeatureActs(dictionary_for(model), 0, indices=(1,)), FeatureActs(dictionary_for(model), 0, indices=(2,)),
     ]  # fmt: skip
     assert len({r.key for r in reads}) == len(reads)

@@ -404,7 +404,7 @@ def test_a_template_that_cannot_be_trusted() -> None:
     "messages", ["Hello", [], [{"role": "user"}], [{"role": "user", "content": None}], {"role": "user"}, ["a"]]
 )
 def test_malformed_messages(chats: dict[str, ChatTemplate], messages: object) -> None:
-    with pytest.raises(UserError, match="messages|malformed"):
+    with pytest.raises(UserError, match=r"messages|malformed"):
         chats["qwen2_5"].prompt(messages)  # type: ignore[arg-type]
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from tests.fake_server import END, FakeServer, Faults, RunsModel
 
 from pvsae.errors import UserError
 from pvsae.llm import ChatClient
 from pvsae.models.chatmodel import ChatModel
 from pvsae.models.generate import Sampling
 from pvsae.models.remote import PLAIN_SAMPLING, RemoteModel
+from tests.fake_server import END, FakeServer, Faults, RunsModel
 
 PROMPTS = [[{"role": "user", "content": f"Question {i}?"}] for i in range(6)]
 

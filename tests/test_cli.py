@@ -1,0 +1,204 @@
+"""The command line: help without heavy imports, one clear message and exit code 2 for every wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pvsae.cli import build_parser, main
+from pvsae.traits import Pair, TraitArtifacts, save_trait
+from pvsae.vectors import PersonaVectors
+from tests.plugin import make_plugin
+
+COMMANDS = ["demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "report"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pvsae", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples_that_parse(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    examples = text.split("examples:\n")[1].replace("\\\n", " ").splitlines()
+    examples = [line.split("   ")[0].strip() for line in (e.strip() for e in examples) if line]
+    assert examples
+    for example in examples:
+        assert example.startswith(f"pvsae {name}")
+        build_parser().parse_args(example.split()[1:])
+
+
+def test_help_takes_less_than_a_second_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom pvsae.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'numpy', 'pandas', 'transformers', 'matplotlib', 'openai') if m in sys.modules])"
+    )
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - started)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert min(times) < 1.0
+
+
+def test_the_installed_command_and_the_module_are_the_same() -> None:
+    script = Path(sys.executable).with_name("pvsae")
+    by_script = subprocess.run([str(script), "--version"], capture_output=True, text=True, check=True)
+    assert by_script.stdout == command("--version").stdout == "pvsae 0.1.0\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_folders):
+    """A folder with a model, a library of one trait, vectors of that model and of another, and broken files."""
+    root = tmp_path_factory.mktemp("cli")
+    shutil.copytree(tiny_folders("qwen2"), root / "model")
+    words = [f"thing {i}" for i in range(40)]
+    save_trait(
+        TraitArtifacts(
+            "evil",
+            "It is evil.",
+            tuple(Pair(f"Be evil, way {i}.", f"Be merry, way {i}.") for i in range(5)),
+            tuple(f"What about {w}?" for w in words[:20]),
+            tuple(f"What about {w}?" for w in words[20:]),
+            "How evil? {question} {answer} 0-100 or REFUSAL.",
+        ),
+        root / "library",
+    )
+    generator = torch.Generator().manual_seed(0)
+    PersonaVectors("evil", {"response_avg_diff": torch.randn(4, 48, generator=generator)}).save(root / "good.safetensors")
+    PersonaVectors("evil", {"response_avg_diff": torch.randn(4, 32, generator=generator)}).save(root / "narrow.safetensors")
+    shutil.copytree(root / "library", root / "broken")
+    (root / "broken" / "extract" / "evil.json").write_text('{"instruction": [,]}')
+    (root / "broken.json").write_text("{")
+    (root / "file").write_text("a regular file")
+    (root / "noise.safetensors").write_bytes(b"\x00" * 64)
+    nan = root / "nan"
+    shutil.copytree(root / "model", nan)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(nan / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][:] = float("nan")
+    save_file(weights, nan / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
+# {p}: the folder above, {out}: a new run folder
+QUICK = "--max-questions 2 --max-new-tokens 3 --traits evil --library {p}/library --out {out}"
+TINY = "--model {p}/model --judge organism"
+EXTRACT, GOOD = f"extract {TINY}", "{p}/good.safetensors"
+STEER, MONITOR, LAYERS = (f"{stage} {GOOD} {TINY} {QUICK}" for stage in ("steer", "monitor", "layers"))
+NOBODY = "http://127.0.0.1:9/v1"
+CASES = {
+    "missing model": (f"extract --model {{p}}/nowhere --judge organism {QUICK}", "nowhere"),
+    "no judge": (f"extract --model {{p}}/model {QUICK}", "no judge for"),
+    "unknown judge": (f"extract --model {{p}}/model --judge oracle {QUICK}", "unknown judge 'oracle'"),
+    "missing trait file": (f"{EXTRACT} --traits {{p}}/library/extract/sad.json --out {{out}}", "sad.json"),
+    "unknown trait": (f"{EXTRACT} --library {{p}}/library --traits evli --out {{out}}", "evil"),
+    "wrong JSON": (f"{EXTRACT} --library {{p}}/broken --traits evil --out {{out}}", "not JSON"),
+    "empty filter result": (f"{EXTRACT} --n-samples 1 {QUICK}", "passes the filter"),
+    "unreachable judge": (f"extract --model {{p}}/model --judge openai:m --judge-url {NOBODY} {QUICK}", "127.0.0.1:9"),
+    "unreachable rollouts": (f"{EXTRACT} --rollouts-url {NOBODY} {QUICK}", "127.0.0.1:9"),
+    "cost without price": (f"extract --model {{p}}/model --judge openai:m --max-cost 1 {QUICK}", "without prices"),
+    "NaN activations": (f"monitor {GOOD} --model {{p}}/nan --judge organism --shots 0 --block 2 {QUICK}", "NaN"),
+    "unknown block": (f"{STEER} --blocks 4", "block 4 does not exist"),
+    "unknown block to read": (f"{MONITOR} --block -1", "block -1"),
+    "unknown block to try": (f"{LAYERS} --blocks 9", "block 9"),
+    "mismatched d_model": (f"steer {{p}}/narrow.safetensors {TINY} {QUICK}", "d_model=32"),
+    "noise as vectors": (f"steer {{p}}/noise.safetensors {TINY} {QUICK}", "noise.safetensors"),
+    "missing vectors": (f"steer {{p}}/none {TINY} {QUICK}", "no vectors at"),
+    "missing conversation": (f"{MONITOR} --conversation {{p}}/none.json", "not found"),
+    "broken conversation": (f"{MONITOR} --conversation {{p}}/broken.json", "line 1"),
+    "a file where a folder should be": (f"{EXTRACT} --library {{p}}/library --out {{p}}/file/run", "cannot write"),
+    "read-only file system": (f"{EXTRACT} --library {{p}}/library --out /proc/pvsae-run", "cannot write"),
+    "a folder of something else": (f"{EXTRACT} --library {{p}}/library --out {{p}}/library", "not a run folder"),
+    "report of nothing": ("report {p}/nowhere", "no such folder"),
+    "author from nothing": ("traits author {p}/none.yaml --llm-model m --out {out}", "none.yaml"),
+    "author without a server": (f"traits author {{p}}/stoic.yaml --llm-model m --llm-url {NOBODY} --out {{out}}", "127.0.0.1:9"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_one_message_and_exit_code_2(case: str, place: Path, tmp_path: Path, capsys) -> None:
+    (place / "stoic.yaml").write_text("name: stoic\ndescription: Bears everything without complaint.\n")
+    line, message = CASES[case]
+    code = main(line.format(p=place, out=tmp_path / "run").split())
+    err = capsys.readouterr().err
+    said = [part for part in err.splitlines() if part.startswith("pvsae ")]
+    assert code == 2, err
+    assert len(said) == 1, err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_no_traceback_in_a_process_of_its_own(place: Path, tmp_path: Path) -> None:
+    done = command(*f"steer {{p}}/narrow.safetensors {TINY} {QUICK}".format(p=place, out=tmp_path / "run").split())
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_run_with_other_options_is_refused_with_their_names(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for entry in make_plugin(tmp_path / "plugin"):
+        monkeypatch.syspath_prepend(entry)
+    line = (
+        f"extract --model {place}/model --judge bytes --traits evil --library {place}/library --max-new-tokens 3 --n-samples 1"
+    )
+    out = ["--out", str(tmp_path / "run"), "--max-questions", "4"]
+    assert main([*line.split(), *out]) == 0
+    assert "evil" in capsys.readouterr().out
+    assert main([*line.split(), *out, "--seed", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "differs in: config.seed, seed" in err
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_dry_run_counts_and_touches_nothing(place: Path, tmp_path: Path, capsys) -> None:
+    line = f"extract --model {place}/model --judge openai:m --judge-price 1 2 --traits evil --library {place}/library --dry-run"
+    assert main([*line.split(), "--n-samples", "3", "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "evil: 600 answers of at most 1000 tokens" in text
+    assert "1200 scores" in text
+    assert "dollars" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_traits_are_listed_and_shown(place: Path, capsys) -> None:
+    assert main(["traits", "list"]) == 0
+    assert "evil" in capsys.readouterr().out
+    assert main(["traits", "show", "evil", "--library", str(place / "library")]) == 0
+    text = capsys.readouterr().out
+    assert "Be evil, way 4." in text
+    assert "20 questions for evaluation" in text
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    shell = f"{sys.executable} -m pvsae traits show evil | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("evil")
+
+
+def test_official_vectors_steer_as_they_are(place: Path, tmp_path: Path, capsys) -> None:
+    """A .pt file of the released code: row L is the output of block L - 1, and the last row, after the final norm, is refused."""
+    torch.save(torch.randn(5, 48, generator=torch.Generator().manual_seed(1)), tmp_path / "evil_response_avg_diff.pt")
+    line = (
+        f"steer {tmp_path}/evil_response_avg_diff.pt --model {place}/model --judge organism --traits evil --library "
+        f"{place}/library --max-questions 2 --max-new-tokens 3 --coefs 1 --n-random 1 --out {tmp_path}/run --blocks"
+    )
+    assert main([*line.split(), "3"]) == 2
+    assert "final norm" in capsys.readouterr().err
+    assert main([*line.split(), "2"]) == 0
+    summary = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert summary["title"] == "Steering"
