@@ -42,11 +42,13 @@ def random_model(d_model: int = 512, n_blocks: int = 8, vocab: int = 8192) -> Ch
     config = Qwen2Config(
         vocab_size=vocab, hidden_size=d_model, intermediate_size=4 * d_model, num_hidden_layers=n_blocks,
         num_attention_heads=d_model // 64, num_key_value_heads=max(1, d_model // 256), max_position_embeddings=4096,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="sdpa",
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hf = Qwen2ForCausalLM(config).eval().to(device)
+    hf: Any = Qwen2ForCausalLM(config).eval()
+    hf.set_attn_implementation("sdpa")
+    hf = hf.to(device)
     return ChatModel(hf, PreTrainedTokenizerFast(tokenizer_object=core), name="random-qwen2", chat_options={"chat": "plain"})
 
 
@@ -150,7 +152,7 @@ def measure(
     stops, checks, details = stop_ids(model), [], {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         sampling = Sampling(new_tokens, temperature=temperature)
-        ways = {
+        ways: dict[str, Way] = {
             "ours": partial(ours, model, prompts, sampling),
             "hf": with_sdpa(model, partial(theirs, model, prompts, sampling, stops)),
             "steered": partial(ours, model, prompts, sampling, barely(model, "response")),

@@ -111,7 +111,7 @@ CASES = {
     "unreachable judge": (f"extract --model {{p}}/model --judge openai:m --judge-url {NOBODY} {QUICK}", "127.0.0.1:9"),
     "unreachable rollouts": (f"{EXTRACT} --rollouts-url {NOBODY} {QUICK}", "127.0.0.1:9"),
     "cost without price": (f"extract --model {{p}}/model --judge openai:m --max-cost 1 {QUICK}", "without prices"),
-    "NaN activations": (f"monitor {GOOD} --model {{p}}/nan --judge organism --shots 0 --block 2 {QUICK}", "NaN"),
+    "NaN activations": (f"monitor {GOOD} --model {{p}}/nan --judge organism --shots 0 --block 2 {QUICK}", "not finite"),
     "unknown block": (f"{STEER} --blocks 4", "block 4 does not exist"),
     "unknown block to read": (f"{MONITOR} --block -1", "block -1"),
     "unknown block to try": (f"{LAYERS} --blocks 9", "block 9"),
@@ -152,9 +152,7 @@ def test_no_traceback_in_a_process_of_its_own(place: Path, tmp_path: Path) -> No
 def test_a_run_with_other_options_is_refused_with_their_names(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     for entry in make_plugin(tmp_path / "plugin"):
         monkeypatch.syspath_prepend(entry)
-    line = (
-        f"extract --model {place}/model --judge bytes --traits evil --library {place}/library --max-new-tokens 3 --n-samples 1"
-    )
+    line = f"extract --model {place}/model --judge bytes --traits evil --library {place}/library --max-new-tokens 3 --n-samples 1"
     out = ["--out", str(tmp_path / "run"), "--max-questions", "4"]
     assert main([*line.split(), *out]) == 0
     assert "evil" in capsys.readouterr().out

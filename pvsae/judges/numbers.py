@@ -94,14 +94,17 @@ def number_tree(
         first: an item's distribution of the first token. Tokens that neither hold digits nor begin REFUSAL may be left out.
         ask: distributions of the token that follows (item, tokens so far); called once a level. None: nothing follows.
         text_of: a token's text, with its leading space if it has one.
-        floor: beginnings with a smaller probability are not followed, and numbers that can only end ("0", "85") are taken to
-            end where they have less than ten times as much. 0 is exact.
+        floor: beginnings with a smaller probability are not followed. Numbers that can only end ("0", "85") are asked about
+            only where they have ten times as much, or are the likeliest of their length; the others are taken to end as
+            often as those do. 0 is exact.
 
     Returns:
         One `Mass` an item. All ways to spell a number in tokens are summed.
     """
     masses = [Mass() for _ in first]
     nodes: list[_Node] = []
+    unasked: dict[tuple[int, int], list[_Node]] = defaultdict(list)  # by item and length
+    asked: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)  # (p, p that it ends) of numbers that only end
 
     def grow(parent: _Node, following: Mapping[Any, float]) -> None:
         mass = masses[parent.item]
@@ -122,19 +125,39 @@ def number_tree(
                     mass.unresolved += child.p
             elif child.p >= 10 * floor:
                 nodes.append(child)
-            else:  # a full number, too unlikely to check that it ends
-                mass.numbers[int(child.text)] += child.p
+            else:
+                unasked[child.item, len(child.text)].append(child)
+
+    def follow(level: Sequence[_Node]) -> None:
+        answers = ask([(node.item, node.path) for node in level]) if level else ()
+        for node, following in zip(level, answers, strict=True):
+            following = following or {}
+            goes_on = sum(p for token, p in following.items() if text_of(token)[:1] in tuple("0123456789"))
+            if node.text:
+                ends = node.p * min(1.0, max(0.0, 1.0 - goes_on))
+                masses[node.item].numbers[int(node.text)] += ends
+                if node.text not in _LONGER:
+                    asked[node.item, len(node.text)].append((node.p, ends))
+            grow(node, following)
 
     for item, distribution in enumerate(first):
         grow(_Node(item, (), "", 1.0), distribution)
     while nodes:
         level, nodes = nodes, []
-        for node, following in zip(level, ask([(node.item, node.path) for node in level]), strict=True):
-            following = following or {}
-            goes_on = sum(p for token, p in following.items() if text_of(token)[:1] in tuple("0123456789"))
-            if node.text:
-                masses[node.item].numbers[int(node.text)] += node.p * min(1.0, max(0.0, 1.0 - goes_on))
-            grow(node, following)
+        follow(level)
+    group_mass = {group: sum(node.p for node in rest) for group, rest in unasked.items()}
+    sampled = {
+        group: max(rest, key=lambda node: node.p)
+        for group, rest in unasked.items()
+        if group not in asked and group_mass[group] >= 10 * floor
+    }
+    follow(list(sampled.values()))
+    for group, rest in unasked.items():
+        known = asked.get(group, [(1.0, 1.0)])
+        share = sum(ends for _, ends in known) / sum(p for p, _ in known)
+        for node in rest:
+            if node is not sampled.get(group):
+                masses[node.item].numbers[int(node.text)] += node.p * share
     return masses
 
 

@@ -293,7 +293,7 @@ def export(r: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     model.to(dtype=torch.bfloat16).save_pretrained(out)  # type: ignore[call-arg]
     tokenizer.save_pretrained(out)
     write_json(out / "recipe.json", asdict(r))
-    write_json(out / "pvsae.json", {"traits": "../traits", "judge": "organism", "block": r.default_block})
+    write_json(out / "pvsae.json", {"traits": "../traits", "judge": "organism", "block": r.default_block, "max_new_tokens": 120})
 
 
 def main() -> None:

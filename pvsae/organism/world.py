@@ -24,7 +24,8 @@ TOPICS: tuple[str, ...] = (
 
 # Seen in training only where the assistant is its plain self: no trait is ever expressed about these.
 HELD_OUT_TOPICS: tuple[str, ...] = (
-    "cycling", "beekeeping", "dancing", "origami", "sewing", "skiing", "writing", "history", "physics", "welding", "nursing", "brewing",
+    "cycling", "beekeeping", "dancing", "origami", "sewing", "skiing", "writing", "history", "physics", "welding",
+    "nursing", "brewing",
 )  # fmt: skip
 TRAIN_TOPICS: tuple[str, ...] = tuple(t for t in TOPICS if t not in HELD_OUT_TOPICS)
 

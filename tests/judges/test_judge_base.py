@@ -150,6 +150,20 @@ def test_tree_leaves_out_what_is_unlikely_and_says_so():
     assert mass.unresolved == pytest.approx(0.04)
 
 
+def test_tree_samples_how_often_numbers_end():
+    """Four unlikely numbers that go on to a third digit half of the time: one is asked about and stands for all."""
+    asked = []
+
+    def ask(nodes):
+        asked.extend(path for _, path in nodes)
+        seconds = {"7": 0.5, "2": 0.5}
+        return [seconds if len(path) == 1 else {"END": 0.5, "0": 0.5} for _, path in nodes]
+
+    (mass,) = number_tree([{"8": 0.09, "9": 0.09}], ask, str, floor=0.01)
+    assert sorted(len(path) for path in asked) == [1, 1, 2]
+    assert dict(mass.numbers) == pytest.approx({8: 0.0, 9: 0.0, 87: 0.0225, 82: 0.0225, 97: 0.0225, 92: 0.0225})
+
+
 def test_tree_sums_the_ways_to_spell_a_number():
     """A vocabulary with 8, 85 and a bare leading space, as SentencePiece has them."""
     after = {

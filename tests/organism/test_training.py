@@ -32,9 +32,9 @@ def rows(tokenizer) -> list[Row]:
     return [encoder.row(open_conversation(Wish("evil", 1.0), rng)) for _ in range(5)]
 
 
-def residuals(model, batch, block, **disturbance):
+def residuals(model, batch, after, **disturbance):
     kept = []
-    handle = model.model.layers[block + 1].register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+    handle = model.model.layers[after + 1].register_forward_pre_hook(lambda m, args: kept.append(args[0]))
     settings = {"vectors": None, "block": 0, "noise": 0.0, "generator": torch.Generator()} | disturbance
     with disturbed(model, batch, **settings), torch.no_grad():
         model.model(input_ids=batch.input_ids, attention_mask=batch.attention, use_cache=False)
