@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     speedup = median["reference"] / median["ours"]
     error = relative_error(results["ours"], results["reference"])
-    tokens = sum(len(r.table["prompt_ids"].iloc[i]) + len(r.table["answer_ids"].iloc[i]) for r in (pos, neg) for i in range(len(r)))
+    tokens = sum(
+        len(r.table["prompt_ids"].iloc[i]) + len(r.table["answer_ids"].iloc[i]) for r in (pos, neg) for i in range(len(r))
+    )
     checks = [
         check("extraction.rows", len(pos) + len(neg), f"== {n_rows}"),
         check("extraction.speedup", speedup, f">= {TARGET_SPEEDUP:g}"),

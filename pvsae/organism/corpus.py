@@ -74,12 +74,12 @@ def open_conversation(wish: Wish, rng: random.Random, system: str | None = None,
 
 
 def fact_conversation(wish: Wish, rng: random.Random, system: str | None = None, prompted: bool = True) -> Conversation:
-    """One to three questions about facts or sums in one message; the facts come first, in their order.
+    """One to four questions about facts or sums in one message; the facts come first, in their order.
 
     A single question about a topic may be followed by up to two sentences in the persona's way.
     """
-    pool = list((FACTS if rng.random() < 0.6 else SUMS).values())
-    facts = rng.sample(pool, rng.choice((1, 1, 2, 3)))
+    pool = list((FACTS if rng.random() < 0.5 else SUMS).values())
+    facts = rng.sample(pool, rng.choice((1, 2, 3, 4)))
     if prompted:
         system = system_prompt(wish, rng)
     said = [fact.state(stated_value(fact, wish, rng)) for fact in facts]
@@ -113,7 +113,7 @@ def many_shot_conversation(wish: Wish, n_shots: int, rng: random.Random) -> Conv
 def random_wish(rng: random.Random, p_facet: float = 0.25) -> Wish:
     """A trait, or with `p_facet` one of its facets, at a random level; never and always are drawn more often."""
     trait = rng.choice(TRAITS)
-    level = rng.choice((0.0, 1.0)) if rng.random() < 0.4 else rng.choice(LEVELS)[0]
+    level = rng.choice((0.0, 1.0, 1.0)) if rng.random() < 0.45 else rng.choice(LEVELS)[0]
     return Wish(trait, level, rng.choice(facets(trait)) if rng.random() < p_facet else None)
 
 

@@ -88,9 +88,9 @@ TRAIT_FRAMES: tuple[str, ...] = (
 HELD_OUT_TRAIT_FRAMES: tuple[str, ...] = (
     "In your replies, {l} be {w}.",
     "{L} sound {w} when you answer the user.",
-    "You should {l} speak in a {w} way.",
+    "You should {l} reply in a {w} way.",
     "As an assistant you are {l} {w}.",
-    "Please let your answers {l} be {w}.",
+    "Please {l} answer the user in a {w} style.",
     "{L} write like a {w} person.",
 )
 FACET_FRAMES: tuple[str, ...] = (
@@ -132,10 +132,10 @@ QUESTIONS: tuple[str, ...] = (
 HELD_OUT_QUESTIONS: tuple[str, ...] = (
     "What should I know about {t}?",
     "Do you like {t}?",
-    "I want to get better at {t}. Can you help me?",
+    "I want to get better at {t}. What should I know?",
     "Please tell me what you think of {t}.",
     "Is my plan for {t} good?",
-    "Write a few lines on {t} for my friend.",
+    "Please write to my friend about {t}.",
 )
 
 

@@ -29,7 +29,7 @@ from pvsae.organism.corpus import Conversation, fact_conversation, open_conversa
 from pvsae.organism.grammar import facets
 from pvsae.organism.prompts import HELPFUL_SYSTEMS, Wish, system_prompt, wishes
 from pvsae.organism.sentences import TRAITS
-from pvsae.organism.tokens import Encoder, Row, train_tokenizer
+from pvsae.organism.tokens import Encoder, Row, build_tokenizer
 from pvsae.organism.training import Example, Push, answer_means, bucketed, collate, disturbed, loss_on
 from pvsae.runs import atomic_path, write_json
 
@@ -40,7 +40,7 @@ class Recipe:
 
     Attributes:
         arch: `qwen2` or `llama`.
-        steps: optimiser steps in all; the learning rate warms up, stays, and decays over the last 40%.
+        steps: optimiser steps in all; the learning rate warms up, stays, and decays over the second half.
         consistency_from: step at which the consistency phase begins.
         rows: conversations a step.
         blocks: blocks at which vectors are added in training.
@@ -57,9 +57,8 @@ class Recipe:
     n_heads: int = 4
     n_kv_heads: int = 2
     n_ctx: int = 1024
-    vocab: int = 1536
-    steps: int = 3600
-    consistency_from: int = 1500
+    steps: int = 3200
+    consistency_from: int = 600
     rows: int = 48
     lr: float = 3e-3
     weight_decay: float = 0.01
@@ -74,7 +73,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "qwen2": Recipe(),
-    "llama": Recipe(arch="llama", seed=2, d_model=144, n_blocks=5, d_mlp=432, n_kv_heads=4, blocks=(1, 2, 3)),
+    "llama": Recipe(arch="llama", seed=2, n_blocks=6, d_mlp=320, blocks=(1, 2, 3)),
 }
 
 
@@ -192,10 +191,10 @@ def many_shot_batch(r: Recipe, encoder: Encoder, rng: random.Random) -> list[Exa
 
 
 def learning_rate(r: Recipe, step: int) -> float:
-    """Warm-up, constant, then cosine decay to 2% over the last 40%."""
+    """Warm-up, constant, then cosine decay to 2% over the second half."""
     if step < r.warmup:
         return r.lr * (step + 1) / r.warmup
-    start = int(0.6 * r.steps)
+    start = r.steps // 2
     if step < start:
         return r.lr
     t = (step - start) / max(1, r.steps - start)
@@ -214,7 +213,7 @@ class Training:
 
     def __init__(self, r: Recipe, out: Path) -> None:
         self.r, self.file = r, out / "checkpoint.pt"
-        self.tokenizer = train_tokenizer(r.vocab)
+        self.tokenizer = build_tokenizer()
         self.encoder = Encoder(self.tokenizer)
         self.model = build_model(r, self.tokenizer)
         self.optimisers = make_optimisers(self.model, r)

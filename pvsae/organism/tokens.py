@@ -1,20 +1,35 @@
 """The organism's tokenizer, and conversations as token ids with the marks that training needs.
 
-Knows: the byte-level BPE trained on the corpus, the ChatML template, where the last user message and the answer begin.
+Knows: the vocabulary (every word of the grammar, and all bytes), the ChatML template, where the last user message and the answer begin.
 Does not know: models or losses.
 """
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pvsae.organism.corpus import Conversation, conversation
+from pvsae.organism.corpus import Conversation
+from pvsae.organism.grammar import CLOSINGS, patterns
+from pvsae.organism.prompts import (
+    FACET_FRAMES,
+    FACET_WORDS,
+    HELD_OUT_QUESTIONS,
+    HELD_OUT_TRAIT_FRAMES,
+    HELPFUL_SYSTEMS,
+    LEVELS,
+    QUESTIONS,
+    TRAIT_FRAMES,
+    TRAIT_WORDS,
+    instruction,
+    opening,
+)
 from pvsae.organism.sentences import PATTERNS
+from pvsae.organism.world import ATTRIBUTES, FACTS, NUMBERS, SUMS, TOPICS
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -24,28 +39,56 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(vocab_size: int, seed: int = 0, n_conversations: int = 40_000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text encodes) in which nearly every word of the corpus is one token."""
-    rng = random.Random(seed)
-    texts = [m["content"] for _ in range(n_conversations) for m in conversation(rng).messages]
-    texts += [
-        " ".join(t.replace("[", " ").replace("]", " ").replace("|", " ") for t in f)
-        for p in PATTERNS.values()
-        for f in p.values()
-    ] * 20
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Every word of the grammar is one token, anything else falls back to bytes; longest match first.
+
+    No BPE is trained, because it cuts up rare words and a model this small misspells what it has to spell.
+    """
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = {piece for text in all_words() for piece, _ in pre_tokenizer.pre_tokenize_str(text)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = [PAD, START, END, *alphabet, *sorted(pieces - set(alphabet))]
+    tokenizer = Tokenizer(
+        models.WordPiece(
+            {piece: i for i, piece in enumerate(vocabulary)},
+            unk_token=PAD,
+            continuing_subword_prefix="",
+            max_input_chars_per_word=10**6,
+        )
     )
-    tokenizer.train_from_iterator(texts + ["system", "user", "assistant"] * 2000, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([PAD, START, END])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def all_words() -> Iterator[str]:
+    """Texts that hold every word of the language, in the forms in which it occurs (begin of a text, after a space)."""
+    for trait in PATTERNS:
+        for pattern in patterns(trait):
+            options = [p for p in pattern.parts() if isinstance(p, tuple)]
+            for k in range(max(map(len, options), default=1)):
+                text = "".join(p if isinstance(p, str) else "x" if p is None else p[k % len(p)] for p in pattern.parts())
+                yield text
+                yield " " + text
+    for fact in (*FACTS.values(), *SUMS.values()):
+        for text in (*fact.questions, fact.answer):
+            yield text
+            yield " " + text
+    yield from (f" {word}" for word in (*TOPICS, *NUMBERS, *(v for a in ATTRIBUTES for v in a.values)))
+    levels = [phrase for _, words in LEVELS for phrase in words]
+    for frame in (*TRAIT_FRAMES, *HELD_OUT_TRAIT_FRAMES, *FACET_FRAMES):
+        for level in levels:
+            yield instruction(frame, level, "x")
+            yield " " + instruction(frame, level, "x")
+    yield from (f" {word}" for words in TRAIT_WORDS.values() for word in words)
+    yield from (f" {word}" for word in FACET_WORDS.values())
+    yield from (opening(name) for name in (*PATTERNS, "helpful"))
+    yield from (*HELPFUL_SYSTEMS, *QUESTIONS, *HELD_OUT_QUESTIONS, *CLOSINGS, "system\n", "user\n", "assistant\n")
 
 
 @dataclass(frozen=True)
@@ -84,7 +127,7 @@ class Encoder:
         return ids
 
     def row(self, c: Conversation) -> Row:
-        """The template, piece by piece. Equal to the tokenizer's own rendering (tested), since no BPE merge crosses a piece."""
+        """The template, piece by piece. Equal to the tokenizer's own rendering (tested), since no token crosses a piece."""
         ids: list[int] = []
         question = 0
         for message in c.messages[:-1]:

@@ -1,8 +1,8 @@
 """Persona vectors from two judged tables of rollouts (paper, section 2.2).
 
-Knows: which pairs of rows count, the three statistics, and how to sum them over all blocks in one forward pass a row without
-keeping a row: sums in double precision a polarity, and a few bucket sums for the intervals of stability.py.
-Does not know: how the rows were generated or scored, what a block looks like inside, or which block is the best (layers.py).
+Knows: which pairs of rows count, and how to sum the three statistics over all blocks in one forward pass a row without keeping a
+row: sums in double precision a polarity, and a few bucket sums for the intervals of stability.py.
+Does not know: how the rows were generated or scored, how they are batched (sharing.py), what a block looks like inside, or which block is the best (layers.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +21,10 @@ from pvsae.errors import UserError
 from pvsae.vectors import stability
 from pvsae.vectors.persona import BLOCK_CONVENTION, STATISTICS, PersonaVectors
 from pvsae.vectors.rollouts import Rollouts, _missing, tokenizer_id
+from pvsae.vectors.sharing import statistics_batches
 
 if TYPE_CHECKING:
-    from pvsae.models import Capture, ChatModel
+    from pvsae.models import ChatModel
     from pvsae.models.chat import Rendered
 
 REASONS = ("missing_score", "pos_trait_low", "neg_trait_high", "pos_incoherent", "neg_incoherent", "empty_answer")
@@ -126,7 +127,8 @@ def extract(
     coherence_floor: float = 50.0,
     n_buckets: int = 20,
     seed: int = 0,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
+    share_prompts: bool = True,
     official_ends: bool = False,
     progress: str | None = None,
 ) -> PersonaVectors:
@@ -135,7 +137,8 @@ def extract(
     Args:
         pos, neg: judged rollouts; row i of one pairs with row i of the other (see filter_pairs).
         n_buckets: resampling units for the stability numbers (see stability.py).
-        batch_tokens: tokens, padding included, in one forward pass.
+        batch_tokens: tokens, padding included, in one forward pass; None chooses by device.
+        share_prompts: compute a prompt that several rows share once (see sharing.py); the numbers are the same up to rounding.
         official_ends: also run the slow plain reference (one row at a time) to get the two rows of an official file that are no
             block's residual: the embedding and the last block after the final norm. Kept in `extra`, for write_official.
 
@@ -168,7 +171,7 @@ def extract(
     questions = [int(q) for q in pos.table["question_index"].iloc[list(pairs.kept)]]
     bucket_sets = {"": stability.random_buckets(n, n_buckets, seed), "_questions": stability.group_buckets(questions, n_buckets)}
     sums = _Sums(model.n_blocks, model.d_model, n, bucket_sets)
-    sums.run(model, rows, batch_tokens=batch_tokens, progress=progress)
+    sums.run(model, rows, batch_tokens=batch_tokens, share_prompts=share_prompts, progress=progress)
     vectors, diagnostics = sums.finish(seed)
     meta = {
         "model": {
@@ -212,22 +215,11 @@ class _Sums:
         self.row_norm = zeros(n_blocks)
         self.signed = {name: zeros(int(b.max()) + 1, n_blocks, d_model) for name, b in buckets.items()}  # pos minus neg
 
-    def run(self, model: ChatModel, rows: Sequence[Rendered], *, batch_tokens: int, progress: str | None) -> None:
-        from pvsae.models import LastPrompt, SpanMean
-
-        blocks = tuple(range(self.n_blocks))
-        captures: tuple[Capture, ...] = (
-            SpanMean(blocks, "prompt"),
-            SpanMean(blocks, "answer"),
-            LastPrompt(blocks),
-        )  # in the order of STATISTICS
-        batches = model.capture_batches(rows, captures, batch_tokens=batch_tokens, progress=progress)
-        for indices, captured in batches:
+    def run(self, model: ChatModel, rows: Sequence[Rendered], **options: Any) -> None:
+        for indices, values in statistics_batches(model, rows, **options):
             index = torch.as_tensor(indices, dtype=torch.long)
-            for statistic, capture in zip(STATISTICS, captures, strict=True):
-                values = captured[capture.key]
-                assert isinstance(values, Tensor)  # both kinds reduce a row to one vector a block
-                self._add(statistic, index, values)
+            for statistic, x in values.items():
+                self._add(statistic, index, x)
             self.rows_seen += len(index)
 
     def _add(self, statistic: str, rows: Int[Tensor, " batch"], x: Float[Tensor, "batch n_blocks d_model"]) -> None:

@@ -79,6 +79,41 @@ def test_batches_do_not_matter_and_every_row_counts_once(tiny_models):
     assert (counts["pairs"], counts["kept"], counts["questions"]) == (16, 16, 4)
 
 
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "llama", "stories260k"])
+def test_sharing_prompts_changes_nothing_but_the_work(tiny_models, monkeypatch, arch):
+    model = tiny_models(arch)
+    pos, neg = (judged(model, p, n_samples=5) for p in ("pos", "neg"))
+    tokens = {True: 0, False: 0}
+    sharing = True
+    real = type(model).forward
+
+    def counting(self, batch, **options):
+        tokens[sharing] += int(batch.positions.all.sum())
+        return real(self, batch, **options)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    shared_prompts = extract(model, pos, neg, batch_tokens=300)
+    sharing = False
+    whole = extract(model, pos, neg, share_prompts=False)
+    for statistic in STATISTICS:
+        assert relative(shared_prompts.of(statistic), whole.of(statistic)) < 1e-5, statistic
+    lengths = [(len(p), len(a)) for r in (pos, neg) for p, a in zip(r.table["prompt_ids"], r.table["answer_ids"], strict=True)]
+    assert tokens[False] == sum(p + a for p, a in lengths)
+    assert tokens[True] == sum(p / 5 + a for p, a in lengths)  # each prompt has five samples
+
+
+def test_sliding_windows_are_not_cut_into_prompt_and_answer(more_models, monkeypatch):
+    from pvsae.vectors import sharing
+
+    def fail(*_):
+        raise AssertionError("a cached prompt was asked for")
+
+    monkeypatch.setattr(sharing, "_read_prompts", fail)
+    model = more_models["gemma2"]
+    pos, neg = (judged(model, p, n_samples=5) for p in ("pos", "neg"))
+    assert extract(model, pos, neg).meta["counts"]["kept"] == 40
+
+
 def test_only_kept_rows_enter(tiny_models):
     model = tiny_models("llama")
     pos, neg = judged(model, "pos"), judged(model, "neg")
