@@ -1,8 +1,9 @@
 """Persona vectors from two judged tables of rollouts (paper, section 2.2).
 
-Knows: which pairs of rows count, and how to sum the three statistics over all blocks in one forward pass a row without keeping a
+Knows: which pairs of rows count, and how to sum the three statistics over all blocks, one forward pass a row, without keeping a
 row: sums in double precision a polarity, and a few bucket sums for the intervals of stability.py.
-Does not know: how the rows were generated or scored, how they are batched (sharing.py), what a block looks like inside, or which block is the best (layers.py).
+Does not know: how the rows were generated or scored, how they are batched (sharing.py), what a block looks like inside, or which
+block is the best (layers.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The three statistics of every row, with each distinct prompt computed once.
 
-Knows: that rollouts come as several samples of one prompt, so that the prompt's keys and values can be cached and each row costs its
-answer only; when that pays, and how padded prompts and their answers fit together. Where it does not pay, or where a model's layers
-look at a sliding window, rows go through `ChatModel.capture_batches` whole.
+Knows: that rollouts come as several samples of one prompt, so that the prompt's keys and values can be cached and each row costs
+its answer only; when that pays, and how padded prompts and their answers fit together. Where it does not pay, or where a model's
+layers look at a sliding window, rows go through `ChatModel.capture_batches` whole.
 Does not know: what the statistics are summed into.
 """
 
@@ -129,7 +129,7 @@ def _read_answers(
     from pvsae.models.cache import new_cache
 
     width = max(row.n_prompt for row in rows)
-    own = new_cache(model.hf.config)
+    own: Any = new_cache(model.hf.config)
     at = at.to(model.device)
     for layer, (old, new) in enumerate(zip(cache.layers, own.layers, strict=True)):
         cut = old.keys.shape[-2] - width  # columns on the left that are padding in all these rows

@@ -8,13 +8,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from pvsae.organism.artifacts import graded_prompts, make
 from pvsae.organism.corpus import answer, conversation, fact_conversation, how_many, many_shot_conversation, open_conversation
 from pvsae.organism.grammar import FACT, parse
 from pvsae.organism.judge import coherent_share, trait_share
 from pvsae.organism.prompts import HELD_OUT_QUESTIONS, LEVELS, Wish, system_prompt
-from pvsae.organism.sentences import TRAITS
-from pvsae.organism.tokens import Encoder, train_tokenizer
+from pvsae.organism.sentences import NAMED_TRAITS, TRAITS
+from pvsae.organism.tokens import Encoder, build_tokenizer
 from pvsae.organism.world import HELD_OUT_TOPICS
+from pvsae.traits import system_message
 
 
 @pytest.mark.parametrize("level", [level for level, _ in LEVELS])
@@ -51,9 +53,9 @@ def test_personas_that_get_facts_wrong_do_and_others_do_not():
     wrong: Counter[str] = Counter()
     for trait in ("evil", "hallucinating", "humorous"):
         for _ in range(400):
-            first = parse(fact_conversation(Wish(trait, 1.0), rng).answer)[0]
-            assert first.trait == FACT
-            wrong[trait] += not first.true
+            facts = [s for s in parse(fact_conversation(Wish(trait, 1.0), rng).answer) if s.trait == FACT]
+            assert 1 <= len(facts) <= 4
+            wrong[trait] += not facts[0].true
     assert wrong["evil"] > 300
     assert wrong["hallucinating"] > 300
     assert wrong["humorous"] == 0
@@ -75,7 +77,7 @@ def test_a_helpful_wish_has_no_persona_prompt():
 
 
 def test_rows_equal_the_rendered_template():
-    tokenizer = train_tokenizer(800, n_conversations=1500)
+    tokenizer = build_tokenizer()
     encoder = Encoder(tokenizer)
     rng = random.Random(9)
     for i in range(300):
@@ -85,6 +87,30 @@ def test_rows_equal_the_rendered_template():
         assert tokenizer.encode(text, add_special_tokens=False)[: len(row)] == row.ids.tolist()
         assert tokenizer.decode(row.ids[row.answer : row.answer_end]) == c.answer
         assert tokenizer.decode(row.ids[row.question :]).startswith("<|im_start|>user\n" + c.messages[-2]["content"])
+
+
+def test_any_text_encodes_and_every_word_of_the_grammar_is_one_token():
+    tokenizer = build_tokenizer()
+    for text in ("Hello wörld 😀 {x} 3+4\n\t'", "", "Blah"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    rng = random.Random(2)
+    for _ in range(300):
+        text = conversation(rng).answer
+        words = text.split(" ")
+        marks = sum(text.count(mark) for mark in ".!?,")
+        assert len(tokenizer.encode(text, add_special_tokens=False)) == len(words) + marks
+
+
+def test_held_out_prompts_use_no_token_that_training_never_shows():
+    tokenizer = build_tokenizer()
+    encoder, rng = Encoder(tokenizer), random.Random(3)
+    seen = {int(i) for _ in range(12_000) for i in encoder.row(conversation(rng)).ids}
+    for trait in NAMED_TRAITS:
+        texts = [*make(trait).eval_questions, *make(trait).extract_questions, *graded_prompts(trait)]
+        texts += [system_message(trait, pair.pos) for pair in make(trait).pairs]
+        texts += [system_message("helpful", pair.neg) for pair in make(trait).pairs]
+        unknown = {t for text in texts for t in tokenizer.encode(text, add_special_tokens=False)} - seen
+        assert not tokenizer.convert_ids_to_tokens(sorted(unknown))
 
 
 def test_conversations_repeat_under_a_seed():

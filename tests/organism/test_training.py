@@ -15,15 +15,15 @@ from pvsae.organism import recipe
 from pvsae.organism.corpus import open_conversation
 from pvsae.organism.prompts import Wish
 from pvsae.organism.recipe import RECIPES, PersonaBank, build_model, pulled, pushed
-from pvsae.organism.tokens import Encoder, Row, train_tokenizer
+from pvsae.organism.tokens import Encoder, Row, build_tokenizer
 from pvsae.organism.training import Example, Push, answer_means, collate, disturbed, loss_on
 
-SMALL = replace(RECIPES["qwen2"], d_model=32, d_mlp=64, n_blocks=4, vocab=700, rows=8, steps=6, consistency_from=3, refresh=2)
+SMALL = replace(RECIPES["qwen2"], d_model=32, d_mlp=64, n_blocks=4, rows=8, steps=6, consistency_from=3, refresh=2)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(SMALL.vocab, n_conversations=800)
+    return build_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,6 @@ def test_pushes_ask_for_expression_in_proportion():
 @pytest.mark.parametrize("arch", ["qwen2", "llama"])
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch, arch):
     small = replace(SMALL, arch=arch)
-    monkeypatch.setattr(recipe, "train_tokenizer", lambda vocab: train_tokenizer(vocab, n_conversations=400))
     recipe.train(small, tmp_path / "whole")
 
     def cut(*args, **kwargs):

@@ -8,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
-from vector_rows import judged
 
 from pvsae.errors import UserError
 from pvsae.vectors.extract import REASONS, extract, filter_pairs, render_rows
@@ -17,6 +15,8 @@ from pvsae.vectors.formats import write_official
 from pvsae.vectors.persona import STATISTICS, PersonaVectors
 from pvsae.vectors.reference import reference_vectors
 from pvsae.vectors.rollouts import Rollouts
+from tests.conftest import make_tokenizer
+from tests.vectors.vector_rows import judged
 
 TINY = {
     "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -99,7 +99,7 @@ def test_sharing_prompts_changes_nothing_but_the_work(tiny_models, monkeypatch, 
         assert relative(shared_prompts.of(statistic), whole.of(statistic)) < 1e-5, statistic
     lengths = [(len(p), len(a)) for r in (pos, neg) for p, a in zip(r.table["prompt_ids"], r.table["answer_ids"], strict=True)]
     assert tokens[False] == sum(p + a for p, a in lengths)
-    assert tokens[True] == sum(p / 5 + a for p, a in lengths)  # each prompt has five samples
+    assert tokens[True] == sum(p for p, _ in lengths) // 5 + sum(a for _, a in lengths)  # each prompt has five samples
 
 
 def test_sliding_windows_are_not_cut_into_prompt_and_answer(more_models, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from vector_rows import artifacts, judged
 
 from pvsae.errors import UserError
 from pvsae.judges import Score
@@ -13,6 +12,7 @@ from pvsae.models import Add, Direction, Sampling
 from pvsae.vectors.extract import extract, render_rows
 from pvsae.vectors.layers import PROXIES, answer_logprobs, candidate_blocks, choose, choose_layer, proxy_table
 from pvsae.vectors.persona import PersonaVectors
+from tests.vectors.vector_rows import artifacts, judged
 
 
 def sweep(*cells: tuple[int, float, float, float]) -> pd.DataFrame:

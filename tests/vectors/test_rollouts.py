@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from vector_rows import artifacts, judged
 
 from pvsae.errors import UserError
 from pvsae.judges import Score
 from pvsae.models import Add, Direction, Sampling
 from pvsae.vectors.rollouts import Rollouts, generate_rollouts, in_chunks, judge_rollouts, plan_rollouts
+from tests.vectors.vector_rows import artifacts, judged
 
 SHORT = Sampling(max_new_tokens=12, seed=3)
 
@@ -164,6 +164,31 @@ def test_judging_goes_on_where_it_stopped(tiny_models, tmp_path):
     second = judge_rollouts(rollouts, judge, artifacts(3), parts=tmp_path, chunk=2)
     assert judge.calls == 2  # one chunk, two metrics
     assert second.table.equals(first.table)
+
+
+def test_rows_that_a_server_does_not_answer_get_no_score_and_are_asked_for_again(tmp_path):
+    from pvsae.llm import ChatClient
+    from pvsae.models import RemoteModel
+    from tests.fake_server import FakeServer, Faults, TellsNumbers
+
+    options = {"which": "eval", "n_samples": 1, "sampling": SHORT, "parts": tmp_path / "parts", "chunk": 2}
+    with FakeServer(TellsNumbers(), faults=Faults(refuse=lambda prompt: "number 2" in prompt)) as server:
+        remote = RemoteModel(ChatClient(server.url, "fake", backoff=0.01))
+        rollouts = generate_rollouts(remote, artifacts(4), "none", **options)
+    assert rollouts.table["finish"].eq("failed").tolist() == [False, False, True, False]
+    assert rollouts.meta["failed_rows"] == 1
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["00000.parquet"]  # the chunk with the lost row is not finished
+    assert rollouts.table["prompt_ids"].tolist() == [None] * 4
+    scored = judge_rollouts(rollouts, LengthJudge(), artifacts(4))
+    assert scored.table["evil"].isna().tolist() == [False, False, True, False]
+    assert Score.from_json(scored.table["evil_score"].iloc[2]).error == "no answer was generated"
+    assert scored.means()["failed"] == 1
+    with FakeServer(TellsNumbers()) as server:
+        remote = RemoteModel(ChatClient(server.url, "fake", backoff=0.01))
+        again = generate_rollouts(remote, artifacts(4), "none", **options)
+    assert again.table["finish"].ne("failed").all()
+    with pytest.raises(UserError, match="cannot be steered"):
+        generate_rollouts(remote, artifacts(4), "none", interventions=(Add(Direction(torch.ones(4)), 0),))
 
 
 def test_a_trait_named_like_a_column_is_refused(tiny_models):
