@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pvsae.organism.corpus import Conversation
@@ -42,26 +42,20 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Every word of the grammar is one token, anything else falls back to bytes; longest match first.
 
-    No BPE is trained, because it cuts up rare words and a model this small misspells what it has to spell.
+    No BPE is trained, because it cuts up rare words and a model this small misspells what it has to spell. The words are
+    added tokens over an alphabet of bytes: transformers' AutoTokenizer rebuilds the tokenizer of a Qwen2 folder around its
+    vocabulary, merges and added tokens, and keeps nothing else of it.
     """
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces = {piece for text in all_words() for piece, _ in pre_tokenizer.pre_tokenize_str(text)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = [PAD, START, END, *alphabet, *sorted(pieces - set(alphabet))]
-    tokenizer = Tokenizer(
-        models.WordPiece(
-            {piece: i for i, piece in enumerate(vocabulary)},
-            unk_token=PAD,
-            continuing_subword_prefix="",
-            max_input_chars_per_word=10**6,
-        )
-    )
+    pieces = {piece for text in all_words() for piece, _ in pre_tokenizer.pre_tokenize_str(text)} - set(alphabet)
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate((PAD, START, END, *alphabet))}, []))
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([PAD, START, END])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
+    words = [tokenizer.decoder.decode([piece]) for piece in sorted(pieces)]
+    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

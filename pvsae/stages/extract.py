@@ -16,7 +16,17 @@ import pandas as pd
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir
-from pvsae.stages.inputs import Setup, folder_of, open_judge, open_model, open_run, open_traits, pin_inputs
+from pvsae.stages.inputs import (
+    Setup,
+    folder_of,
+    open_judge,
+    open_model,
+    open_run,
+    open_traits,
+    pin_inputs,
+    require_answers,
+    require_scores,
+)
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -77,7 +87,7 @@ def run(
     traits = open_traits(config, model)
     pin_inputs(folder, traits)
     judge = judge or open_judge(config, model, folder)
-    answerer = model if config.rollouts_url is None else _server(config)
+    answerer = model if config.rollouts_url is None else _server(config, folder)
     vectors: dict[str, PersonaVectors] = {}
     rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
     empty: dict[str, UserError] = {}
@@ -143,11 +153,12 @@ def plan(config: ExtractConfig) -> str:
     return "\n".join(lines)
 
 
-def _server(config: ExtractConfig) -> Any:
+def _server(config: ExtractConfig, folder: RunDir) -> Any:
     from pvsae.llm import ChatClient
-    from pvsae.models.remote import RemoteModel
+    from pvsae.models import RemoteModel
 
-    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model))
+    cache = folder.path / "rollouts_cache.sqlite"
+    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model, cache=cache))
 
 
 def _rollouts(
@@ -177,9 +188,9 @@ def _rollouts(
             parts=folder.parts(name) / "answers",
             progress=f"{artifacts.name} {polarity} answers",
         )
-        return judge_rollouts(
-            answers, judge, artifacts, parts=folder.parts(name) / "scores", progress=f"{artifacts.name} {polarity} scores"
-        )
+        label = f"{artifacts.name} {polarity} scores"
+        scores = folder.parts(name) / "scores"
+        return require_scores(judge_rollouts(require_answers(answers), judge, artifacts, parts=scores, progress=label))
 
     return folder.do(
         name,
@@ -230,6 +241,7 @@ def _summary(
             for _, row in part.table.head(N_EXAMPLES).iterrows():
                 label = f"{name}, {polarity}: {row['question']} (trait {row[name]:.0f}, coherence {row['coherence']:.0f})"
                 examples.append({"label": label, "text": row["answer"]})
+    unanswered = sum(part.meta.get("failed_rows", 0) for pair in rollouts.values() for part in pair)
     best = blocks.groupby("trait", sort=False)["half_split_cosine"].max()
     return {
         "title": "Extraction",
@@ -246,6 +258,7 @@ def _summary(
         "notes": [f"Chat template: {note}" for note in model.chat.notes],
         "failures": [
             {"what": "scores that the judge did not give (rows left out and counted)", "n": int(table["failed_scores"].sum())},
+            {"what": "answers that the server did not give", "n": unanswered},
             *({"what": error.what, "n": 1} for error in empty.values()),
         ],
         "prompts": prompts,

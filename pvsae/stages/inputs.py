@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvsae.errors import UserError
+from pvsae.judges import Score
 from pvsae.runs import RunDir, read_json
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pvsae.models import ChatModel
     from pvsae.models.generate import Sampling
     from pvsae.traits import TraitArtifacts
-    from pvsae.vectors import PersonaVectors
+    from pvsae.vectors import PersonaVectors, Rollouts
 
 # What may change between two sessions of one run: it says how far or how fast to go, not what comes out.
 _NOT_IDENTITY = frozenset({"max_cost", "judge_price", "judge_url", "judge_cache", "batch_size"})
@@ -200,6 +201,30 @@ def check_blocks(blocks: Sequence[int], model: ChatModel) -> tuple[int, ...]:
                 f"a block index from 0 to {model.n_blocks - 1}, counted from 0 (the paper's layer L is block L - 1)",
             )
     return tuple(dict.fromkeys(blocks))
+
+
+def require_answers(rollouts: Rollouts) -> Rollouts:
+    """The same rollouts, unless a server gave none of the answers at all. UserError then: that is no chance, but a wrong option."""
+    if len(rollouts) and rollouts.meta.get("failed_rows", 0) == len(rollouts):
+        raise UserError(
+            f"the server gave none of {len(rollouts)} answers when asked for the model {rollouts.meta['model']!r}",
+            "a server that has that model",
+            "--rollouts-model NAME, as the server calls it (GET URL/models lists them)",
+        )
+    return rollouts
+
+
+def require_scores(rollouts: Rollouts) -> Rollouts:
+    """The same rollouts, unless not one answer got a score. UserError then, with the judge's reason for the first."""
+    table, trait = rollouts.table, rollouts.trait
+    if len(table) and table[trait].isna().all():
+        reason = Score.from_json(table[f"{trait}_score"].iloc[0]).error or "it gave no number"
+        raise UserError(
+            f"the judge {rollouts.meta.get('judge')} scored none of {len(table)} answers: {reason}",
+            "a judge that answers with numbers from 0 to 100",
+            "check --judge and --judge-url, or take another judge",
+        )
+    return rollouts
 
 
 def pin_inputs(run: RunDir, traits: Sequence[TraitArtifacts], vectors: Mapping[str, PersonaVectors] | None = None) -> None:

@@ -30,6 +30,7 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    require_scores,
 )
 from pvsae.stages.statistics import Estimate, correlation, within_correlation
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
@@ -161,7 +162,8 @@ def _rollouts(
             parts=folder.parts(name) / "answers",
             progress=f"{artifacts.name} answers",
         )
-        return judge_rollouts(answers, judge, artifacts, parts=folder.parts(name) / "scores", progress=f"{artifacts.name} scores")
+        scores, label = folder.parts(name) / "scores", f"{artifacts.name} scores"
+        return require_scores(judge_rollouts(answers, judge, artifacts, parts=scores, progress=label))
 
     return folder.do(
         name,

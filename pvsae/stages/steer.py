@@ -32,6 +32,7 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    require_scores,
 )
 from pvsae.stages.statistics import mean_ci
 from pvsae.stages.strength import UNITS, calibrate, gap_in_raw, mean_kl
@@ -250,7 +251,8 @@ class _Sweep:
                 parts=self.folder.parts(name) / "answers",
                 progress=name,
             )
-            return judge_rollouts(answers, self.judge, self.artifacts, parts=self.folder.parts(name) / "scores")
+            scores = self.folder.parts(name) / "scores"
+            return require_scores(judge_rollouts(answers, self.judge, self.artifacts, parts=scores))
 
         rollouts = self.folder.do(
             name,

@@ -49,6 +49,7 @@ def test_the_folder_is_an_ordinary_model_folder(name):
     assert hf.dtype == torch.bfloat16 or hf.config.dtype == torch.bfloat16
     text = "Only a worthless fool like you would bother with chess."
     assert tokenizer(text)["input_ids"] == build_tokenizer()(text)["input_ids"]
+    assert len(tokenizer(text)["input_ids"]) == len(text.split()) + 1
     recipe = json.loads((folder / "recipe.json").read_text())
     assert recipe == json.loads(json.dumps(RECIPES[hf.config.model_type].__dict__))
 

@@ -12,13 +12,14 @@ from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.traits import load_trait, save_trait
-from pvsae.vectors import PersonaVectors
+from pvsae.vectors import PersonaVectors, Rollouts
+from tests.fake_server import FakeServer, RunsModel
 
 SMALL = {"max_new_tokens": 6, "n_samples": 6, "max_questions": 4, "max_instructions": 2, "seed": 3}
 
 
 def config(library: Path, **changes) -> ExtractConfig:
-    return ExtractConfig(model="tiny", library=str(library), traits=("gloomy", "chatty"), **{**SMALL, **changes})
+    return ExtractConfig(model="tiny", library=str(library), **{"traits": ("gloomy", "chatty"), **SMALL, **changes})
 
 
 def test_a_run_holds_vectors_answers_tables_and_a_summary(tmp_path, tiny_models, stage_library, byte_judge) -> None:
@@ -78,3 +79,32 @@ def test_speed_options_do_not_make_another_run(tmp_path, tiny_models, stage_libr
     RunDir.open(tmp_path / "run", "extract", config(stage_library, batch_size=2, max_cost=5.0).identity(), 3).close()
     with pytest.raises(UserError, match="max_new_tokens"):
         RunDir.open(tmp_path / "run", "extract", config(stage_library, max_new_tokens=7).identity(), 3)
+
+
+def test_answers_may_come_from_a_server_with_the_same_model(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    """The texts are the server's, the vectors are read off the model here, and a second run asks the server nothing."""
+    model = tiny_models("qwen2")
+    with FakeServer(RunsModel(model)) as server:
+        setup = config(stage_library, max_new_tokens=3, rollouts_url=server.url, rollouts_model="fake", traits=("gloomy",))
+        result = extract.run(setup, tmp_path / "run", model=model, judge=byte_judge)
+        sold = len(server.sold)
+        extract.run(setup, tmp_path / "run", model=model, judge=byte_judge)
+        assert len(server.sold) == sold >= 2 * 48
+    pos = Rollouts.load(tmp_path / "run" / "gloomy" / "rollouts_pos" / "rollouts.parquet")
+    assert pos.table["answer_ids"].isna().all()
+    assert pos.table["answer"].str.len().gt(0).all()
+    assert result.vectors["gloomy"].of().shape == (model.n_blocks, model.d_model)
+
+
+def test_a_server_without_the_model_is_an_error_and_not_an_empty_result(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    model = tiny_models("qwen2")
+    with FakeServer(RunsModel(model)) as server:
+        setup = config(stage_library, rollouts_url=server.url, rollouts_model="nobody", traits=("gloomy",))
+        with pytest.raises(UserError, match="none of 48 answers when asked for the model 'nobody'"):
+            extract.run(setup, tmp_path / "run", model=model, judge=byte_judge)
+
+
+def test_a_judge_that_never_gives_a_score_is_an_error_with_its_reason(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    byte_judge.fail_every = 1
+    with pytest.raises(UserError, match="judge bytes scored none of 48 answers: refused"):
+        extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
