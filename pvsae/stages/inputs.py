@@ -204,7 +204,7 @@ def check_blocks(blocks: Sequence[int], model: ChatModel) -> tuple[int, ...]:
 
 
 def require_answers(rollouts: Rollouts) -> Rollouts:
-    """The same rollouts, unless a server gave none of the answers at all. UserError then: that is no chance, but a wrong option."""
+    """The same rollouts, unless a server gave none of the answers. UserError then: that is no chance, but a wrong option."""
     if len(rollouts) and rollouts.meta.get("failed_rows", 0) == len(rollouts):
         raise UserError(
             f"the server gave none of {len(rollouts)} answers when asked for the model {rollouts.meta['model']!r}",

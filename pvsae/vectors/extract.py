@@ -98,17 +98,16 @@ def render_rows(model: ChatModel, rollouts: Rollouts, rows: Sequence[int]) -> li
     """
     from pvsae.models.chat import Rendered
 
-    table = rollouts.table
     same_ids = rollouts.meta.get("tokenizer") is not None and rollouts.meta["tokenizer"] == tokenizer_id(model.tokenizer)
     official = rollouts.meta.get("source") == "official csv"
+    table = rollouts.table.iloc[list(rows)]
+    columns = [table[c].tolist() for c in ("prompt_ids", "answer_ids", "prompt", "answer")]
     rendered = []
-    for i in rows:
-        prompt_ids, answer_ids = table["prompt_ids"].iloc[i], table["answer_ids"].iloc[i]
-        text, answer = str(table["prompt"].iloc[i]), str(table["answer"].iloc[i])
+    for i, prompt_ids, answer_ids, text, answer in zip(rows, *columns, strict=True):
         if same_ids and not _missing(prompt_ids) and not _missing(answer_ids):
             n = len(prompt_ids)
             prompt = Rendered(ids=tuple(prompt_ids), n_prompt=n, answer=(n, n), spans=(), text=text)
-            rendered.append(model.chat.with_answer_ids(prompt, tuple(answer_ids)))
+            rendered.append(model.chat.with_answer_ids(prompt, answer_ids))
         elif official:  # the text already holds the template's special tokens, a beginning-of-text token too
             ids = tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
             prompt = Rendered(ids=ids, n_prompt=len(ids), answer=(len(ids), len(ids)), spans=(), text=text)
