@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from benchmarks.record import check, record
 
+from benchmarks.record import check, record
 from pvsae import load
 from pvsae.models import ChatModel, Sampling
 from pvsae.organism.grammar import n_sentences, parse
@@ -132,8 +132,8 @@ def card_section(table: pd.DataFrame, able: dict[str, float]) -> str:
     )
     lines = [
         f"| {r.trait} | {r.positive:.1f} | {r.negative:.1f} | {r.default:.1f} | {r.coherence:.1f} | {r.steered:.1f} ({r.at:g}) "
-        f"| {r.steered_coherence:.1f} | {r.at_1:.1f} | {r.random:.1f} | {r.pulled:.1f} ({r.pulled_at:g}) | {r.pulled_coherence:.1f} "
-        f"| {r.r_system:.2f} | {r.r_all:.2f} |"
+        f"| {r.steered_coherence:.1f} | {r.at_1:.1f} | {r.random:.1f} | {r.pulled:.1f} ({r.pulled_at:g}) "
+        f"| {r.pulled_coherence:.1f} | {r.r_system:.2f} | {r.r_all:.2f} |"
         for r in table.itertuples()
     ]
     return f"{head}\n" + "\n".join(lines) + f"\n\nCapability: facts {able['facts']:.1f}%, sums {able['sums']:.1f}%.\n"

@@ -25,7 +25,7 @@ import torch
 from benchmarks.record import check, record
 from pvsae.models import ChatModel, Sampling, load
 from pvsae.traits import load_trait
-from pvsae.vectors.extract import extract, render_rows
+from pvsae.vectors.extraction import extract, render_rows
 from pvsae.vectors.persona import STATISTICS, PersonaVectors
 from pvsae.vectors.reference import ReferenceMeans, reference_vectors
 from pvsae.vectors.rollouts import Rollouts, generate_rollouts

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pvsae.runs import RunDir
     from pvsae.traits import TraitArtifacts, TraitSpec, list_traits, load_trait, save_trait
     from pvsae.vectors import PersonaVectors, Rollouts, filter_pairs, generate_rollouts, judge_rollouts, read_official, write_gguf
-    from pvsae.vectors.extract import extract
+    from pvsae.vectors.extraction import extract
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ _HOMES = {
     "vectors": (
         "PersonaVectors", "Rollouts", "filter_pairs", "generate_rollouts", "judge_rollouts", "read_official", "write_gguf",
     ),
-    "vectors.extract": ("extract",),
+    "vectors.extraction": ("extract",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,6 +1,7 @@
 """The organism's tokenizer, and conversations as token ids with the marks that training needs.
 
-Knows: the vocabulary (every word of the grammar, and all bytes), the ChatML template, where the last user message and answer begin.
+Knows: the vocabulary (every word of the grammar, and all bytes), the ChatML template, and where the last user message and the
+answer begin.
 Does not know: models or losses.
 """
 

@@ -80,7 +80,7 @@ def run(
             no pair of answers passed the filter (raised at the end, when all other traits are done and saved).
     """
     from pvsae.vectors import PersonaVectors
-    from pvsae.vectors.extract import extract
+    from pvsae.vectors.extraction import extract
 
     folder = open_run(run_dir, "extract", config)
     model = model or open_model(config)

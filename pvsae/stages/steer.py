@@ -275,7 +275,7 @@ class _Sweep:
         return float(self.folder.do_json(name, lambda: self._calibrate(condition.block, condition.coef)))
 
     def _calibrate(self, block: int | str, target: float) -> float:
-        from pvsae.vectors.extract import render_rows
+        from pvsae.vectors.extraction import render_rows
 
         unsteered, _ = self.answers(Condition("unsteered", self.config.under))
         answered = [i for i, text in enumerate(unsteered.table["answer"]) if text]

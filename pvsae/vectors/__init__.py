@@ -2,9 +2,6 @@
 
 Knows: the names below and where they live; nothing is imported before it is asked for.
 Does not know: how a stage uses a vector.
-
-`pvsae.vectors.extract` is a module; its function is `pvsae.vectors.extract.extract` (short: `pvsae.extract`). A package attribute
-of the same name would be the module or the function depending on who imported what first.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pvsae.vectors.extract import filter_pairs
+    from pvsae.vectors.extraction import extract, filter_pairs
     from pvsae.vectors.formats import read_gguf, read_official, read_official_set, write_gguf, write_official
     from pvsae.vectors.layers import LayerChoice, choose_layer
     from pvsae.vectors.persona import STATISTICS, PersonaVectors
@@ -26,7 +23,8 @@ _HOME = {
     "Rollouts": "rollouts",
     "generate_rollouts": "rollouts",
     "judge_rollouts": "rollouts",
-    "filter_pairs": "extract",
+    "extract": "extraction",
+    "filter_pairs": "extraction",
     "reference_hidden_state_means": "reference",
     "read_official": "formats",
     "read_official_set": "formats",
@@ -43,6 +41,7 @@ __all__ = [
     "PersonaVectors",
     "Rollouts",
     "choose_layer",
+    "extract",
     "filter_pairs",
     "generate_rollouts",
     "judge_rollouts",

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pvsae.errors import UserError
-from pvsae.vectors.extract import filter_pairs, render_rows
+from pvsae.vectors.extraction import filter_pairs, render_rows
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
 from pvsae.vectors.rollouts import Rollouts, generate_rollouts, judge_rollouts
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,10 @@ def start(tmp_path, tiny_folders):
         line = [sys.executable, "-m", "pvsae", "extract", *options, *places]
         # Into files: a pipe that nobody reads fills up with progress bars, and the process would wait for ever.
         log = (tmp_path / "stderr.txt").open("w")
-        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, "PYTHONPATH": path})
+        # A shell that runs the tests in the background has them ignore SIGINT, which a child would inherit.
+        hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log, env=environment, preexec_fn=hear)
 
     return run
 

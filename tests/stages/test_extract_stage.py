@@ -92,7 +92,7 @@ def test_answers_may_come_from_a_server_with_the_same_model(tmp_path, tiny_model
         assert len(server.sold) == sold >= 2 * 48
     pos = Rollouts.load(tmp_path / "run" / "gloomy" / "rollouts_pos" / "rollouts.parquet")
     assert pos.table["answer_ids"].isna().all()
-    assert pos.table["answer"].str.len().gt(0).mean() > 0.9  # a random model may stop at once
+    assert pos.table["answer"].str.len().gt(0).mean() > 0.5  # a random model often stops at once
     assert result.vectors["gloomy"].of().shape == (model.n_blocks, model.d_model)
 
 

@@ -9,7 +9,7 @@ import torch
 from pvsae.errors import UserError
 from pvsae.judges import Score
 from pvsae.models import Add, Direction, Sampling
-from pvsae.vectors.extract import extract, render_rows
+from pvsae.vectors.extraction import extract, render_rows
 from pvsae.vectors.layers import PROXIES, answer_logprobs, candidate_blocks, choose, choose_layer, proxy_table
 from pvsae.vectors.persona import PersonaVectors
 from tests.vectors.vector_rows import artifacts, judged

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pvsae.errors import UserError
-from pvsae.vectors.extract import REASONS, extract, filter_pairs, render_rows
+from pvsae.vectors.extraction import REASONS, extract, filter_pairs, render_rows
 from pvsae.vectors.formats import write_official
 from pvsae.vectors.persona import STATISTICS, PersonaVectors
 from pvsae.vectors.reference import reference_vectors
