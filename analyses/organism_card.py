@@ -17,6 +17,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -65,10 +66,10 @@ def capability(model: ChatModel, limit: int | None) -> tuple[float, float]:
 def measure(name: str, out: Path, size: Size) -> tuple[pd.DataFrame, dict[str, float]]:
     """A row a trait with every value of the card, and the model's capability."""
     model = load(name)
-    shared = {"model": name, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 64}
+    shared: dict[str, Any] = {"model": name, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 64}
     vectors = str(out / "extract")
     extract.run(extract.ExtractConfig(n_samples=size.extract, **shared), vectors, model=model)
-    sweep = {"vectors": vectors, "n_samples": size.steer, **shared}
+    sweep: dict[str, Any] = {"vectors": vectors, "n_samples": size.steer, **shared}
     free = steer.run(steer.SteerConfig(coefs=COEFS, n_random=1, **sweep), out / "steer", model=model).table
     pulled = steer.run(steer.SteerConfig(coefs=NEGATIVE, n_random=1, under="pos", **sweep), out / "pull", model=model).table
     watched = monitor.run(monitor.MonitorConfig(vectors=vectors, n_samples=size.monitor, **shared), out / "monitor", model=model)
@@ -105,7 +106,7 @@ def measure(name: str, out: Path, size: Size) -> tuple[pd.DataFrame, dict[str, f
     return pd.DataFrame(rows), {"facts": facts, "sums": sums}
 
 
-def checks_of(table: pd.DataFrame, able: dict[str, float]) -> list[dict[str, object]]:
+def checks_of(table: pd.DataFrame, able: dict[str, float]) -> list[dict[str, Any]]:
     """The card's targets, each for the worst trait."""
     return [
         check("trait under positive prompts, lowest", table["positive"].min(), ">= 80"),

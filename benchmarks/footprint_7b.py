@@ -41,7 +41,8 @@ PROMPT, ANSWER, ROWS = 64, 128, 32
 
 def config() -> Qwen2Config:
     """The shape as a config without stop ids, so that every answer has the full length."""
-    return Qwen2Config(**SHAPE, bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="sdpa")
+    rest: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa"}
+    return Qwen2Config(**SHAPE, **rest)
 
 
 def n_parameters() -> int:
