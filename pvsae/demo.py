@@ -33,14 +33,16 @@ def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
     shared: dict[str, Any] = {"model": name, "seed": seed, "batch_size": 64}
     vectors, chosen = str(out / "extract"), str(out / "layers")
     extracted = extract.run(ExtractConfig(n_samples=1, **shared), vectors, model=model)
-    blocks = layers.run(LayersConfig(vectors=vectors, coefs=(1.0, 2.0), max_questions=6, **shared), chosen, model=model)
+    blocks = layers.run(LayersConfig(vectors=vectors, coefs=(1.0, 2.0), max_questions=10, **shared), chosen, model=model)
     steered = steer.run(
-        SteerConfig(vectors=vectors, layers=chosen, coefs=(0.5, 1.0, 2.0), n_random=1, max_questions=10, **shared),
+        SteerConfig(vectors=vectors, layers=chosen, coefs=(0.5, 1.0, 2.0), n_random=1, **shared),
         out / "steer",
         model=model,
     )
     monitored = monitor.run(
-        MonitorConfig(vectors=vectors, layers=chosen, shots=(0, 5, 10), max_questions=10, **shared), out / "monitor", model=model
+        MonitorConfig(vectors=vectors, layers=chosen, shots=(0, 5, 10), max_questions=8, n_samples=3, **shared),
+        out / "monitor",
+        model=model,
     )
     page = write_report(out, title="Persona vectors: the demo")
     lines = [f"{'trait':14} {'block':>5} {'pairs kept':>11} {'unsteered':>10} {'steered':>8} {'random':>7} {'monitoring r':>13}"]

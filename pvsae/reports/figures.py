@@ -29,6 +29,7 @@ GREY, INK, PALE = "#8A8A8A", "#222222", "#E6E6E6"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, YELLOW)
 LINES = ("-", "--", ":")
 DPI = 150
+SMOOTH = 8  # tokens
 
 
 # --------------------------------------------------------------------------------------------------------------- canvas
@@ -141,8 +142,10 @@ def steering_figure(table: pd.DataFrame) -> Figure:
         part = table[table["trait"] == trait]
         unsteered = part[part["condition"] == "unsteered"]
         vector = part[part["condition"].isin(["vector", "sign flip"])]
+        blocks = _names(vector["block"])
         for i, (block, rows) in enumerate(vector.groupby("block", sort=False)):
-            _curve(ax, _with_origin(rows, unsteered), CYCLE[i % len(CYCLE)], f"persona vector, block {block}")
+            label = "persona vector" + (f", block {block}" if len(blocks) > 1 else "")
+            _curve(ax, _with_origin(rows, unsteered), CYCLE[i % len(CYCLE)], label)
         random = part[part["condition"].str.startswith("random")]
         for i, (_, rows) in enumerate(random.groupby(["condition", "block"], sort=False)):
             _curve(ax, _with_origin(rows, unsteered), GREY, "random direction" if i == 0 else "_", band=False)
@@ -150,7 +153,7 @@ def steering_figure(table: pd.DataFrame) -> Figure:
             for value in part.loc[part["condition"] == condition, "trait_score"]:
                 name = "eliciting" if condition.endswith("pos") else "suppressing"
                 ax.axhline(value, color=colour, ls="--", lw=1.2, label=f"{name} prompt, no vector")
-        _title(ax, trait)
+        _title(ax, trait, f"block {blocks[0]}" if len(blocks) == 1 else "")
         _score_axis(ax)
         ax.set_xlabel(f"coefficient ({unit})", fontsize=9)
     axes[0].set_ylabel("score; dotted: coherence", fontsize=9)
@@ -188,14 +191,21 @@ def monitoring_figure(points: pd.DataFrame, correlations: pd.DataFrame) -> Figur
 
 
 def trace_figure(trace: pd.DataFrame) -> Figure:
-    """Projection of every token of a conversation on each trait's direction; background: who speaks."""
+    """Projection along a conversation on each trait's direction, a running mean over SMOOTH tokens of the same speaker.
+
+    Single tokens jump about for reasons of their own (the page's coloured text shows them); background: who speaks.
+    """
     conversations = _names(trace["conversation"])
     figure, axes = _figure(len(conversations), columns=1, panel=(8.4, 2.6))
     for ax, name in zip(axes, conversations, strict=True):
         part = trace[trace["conversation"] == name]
         for i, (trait, rows) in enumerate(part.groupby("trait", sort=False)):
             style = LINES[i // len(CYCLE) % len(LINES)]
-            ax.plot(rows["index"], rows["projection"], style, color=CYCLE[i % len(CYCLE)], lw=1.3, label=trait)
+            turn = (rows["role"] != rows["role"].shift()).cumsum()
+            smooth = rows.groupby(turn)["projection"].transform(lambda x: x.rolling(SMOOTH, min_periods=1).mean())
+            ax.plot(
+                rows["index"], smooth.where(rows["role"] != "template"), style, color=CYCLE[i % len(CYCLE)], lw=1.3, label=trait
+            )
         one = part[part["trait"] == part["trait"].iloc[0]]
         for role, colour in (("system", GREEN), ("user", YELLOW), ("assistant", SKY)):
             inside = (one["role"] == role).to_numpy()
@@ -204,7 +214,7 @@ def trace_figure(trace: pd.DataFrame) -> Figure:
             )
         _title(ax, name, "shaded: system (green), user (yellow), assistant (blue)")
         ax.set_xlabel("token", fontsize=9)
-        ax.set_ylabel("projection", fontsize=9)
+        ax.set_ylabel(f"projection, mean of {SMOOTH} tokens", fontsize=9)
     axes[0].legend(fontsize=7, frameon=False, loc="best", ncols=2)
     return figure
 

@@ -23,6 +23,8 @@ from pvsae.reports.figures import draw, read_table
 from pvsae.runs import RunDir, atomic_write_text, now, read_json
 
 MAX_ROWS = 60
+FIRST = ("extraction", "layers", "steering", "correlations")  # tables to open on; the others follow by name
+HIDDEN = ("trace", "points")  # shown as coloured text and as a figure
 ORDER = ("extract", "layers", "steer", "monitor")
 CAPTIONS = {
     "extraction": (
@@ -38,7 +40,7 @@ CAPTIONS = {
         "Each point is one prompt: where its last token lies along the vector before anything is answered, and how the answer "
         "is then scored. Dark to light: from strongly suppressing to strongly eliciting prompts."
     ),
-    "trace": "Projection of every token of a conversation on the vectors.",
+    "trace": "Where the tokens of a conversation lie along the vectors; the model never saw the prompts behind these answers.",
 }
 
 
@@ -92,7 +94,7 @@ def _section(run: RunDir) -> dict[str, Any]:
         "result": result,
         "failures": [f for f in result.get("failures", []) if f["n"]],
         "figures": [{"name": f.stem, "data": _embedded(f), "caption": CAPTIONS.get(f.stem, "")} for f in figures],
-        "tables": [_table(path) for path in sorted((run.path / "tables").glob("*.csv")) if path.stem not in ("trace", "points")],
+        "tables": _tables(run.path / "tables"),
         "traces": [] if trace is None else _traces(trace),
         "config": json.dumps({"seed": run.seed, **run.config}, indent=2, ensure_ascii=False),
         "environment": json.dumps(environment[-1] if environment else {}, indent=2, ensure_ascii=False),
@@ -102,6 +104,11 @@ def _section(run: RunDir) -> dict[str, Any]:
 
 def _embedded(figure: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(figure.read_bytes()).decode("ascii")
+
+
+def _tables(folder: Path) -> list[dict[str, Any]]:
+    files = [path for path in folder.glob("*.csv") if path.stem not in HIDDEN]
+    return [_table(path) for path in sorted(files, key=lambda path: (path.stem not in FIRST, path.stem))]
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -118,8 +118,9 @@ def run(
     table = pd.concat(points, ignore_index=True)
     correlations = pd.concat([_correlations(t, p, config.seed) for t, p in table.groupby("trait", sort=False)], ignore_index=True)
     by_block = pd.concat(per_block, ignore_index=True)
-    conversation = conversation or _turning(model, traits[0], answers[traits[0].name])
-    trace = trace_conversation(model, conversation, vectors, blocks, config.statistic)
+    title = Path(config.conversation).name if config.conversation else f"an ordinary answer, then the most {traits[0].name}"
+    conversation = conversation or _turning(traits[0], answers[traits[0].name])
+    trace = trace_conversation(model, conversation, vectors, blocks, config.statistic, title)
     for name, frame in (("correlations", correlations), ("by_block", by_block), ("points", table), ("trace", trace)):
         folder.table(name, frame)
     folder.result(_summary(table, correlations, blocks, traits, answers, judge, notes))
@@ -274,11 +275,16 @@ def _read_conversation(path: str) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in content]
 
 
-def _turning(model: ChatModel, artifacts: TraitArtifacts, rollouts: Rollouts) -> list[dict[str, str]]:
-    """Two questions: an answer from the most suppressing prompt, then one from the most eliciting one, without these prompts."""
+def _turning(artifacts: TraitArtifacts, rollouts: Rollouts) -> list[dict[str, str]]:
+    """Two questions: an answer under the most suppressing prompt, then the best scored one under the most eliciting prompt (to
+    another question where there is one); the prompts themselves are left out."""
     table = rollouts.table[rollouts.table["sample"] == 0]
     by_system = [table[table["system"] == prompt] for prompt in graded_prompts(artifacts)]
-    low, high = by_system[0].iloc[0], by_system[-1].iloc[-1]
+    others = by_system[-1].iloc[1:] if len(by_system[-1]) > 1 else by_system[-1]
+    low, high = (
+        by_system[0].iloc[0],
+        others.sort_values(artifacts.name, ascending=False, na_position="last", kind="stable").iloc[0],
+    )
     return [
         {"role": "user", "content": str(low["question"])},
         {"role": "assistant", "content": str(low["answer"])},

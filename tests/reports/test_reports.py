@@ -30,7 +30,8 @@ def test_the_steering_curve_goes_through_flip_unsteered_and_vector(runs) -> None
     table = pd.read_csv(runs / "steer" / "tables" / "steering.csv")
     axes = steering_figure(table).axes
     assert [ax.get_title(loc="left") for ax in axes] == list(TRAITS)
-    x, y = curve(axes[0], "persona vector, block 3")
+    assert axes[0].get_title(loc="right") == "block 3"
+    x, y = curve(axes[0], "persona vector")
     assert x.tolist() == [-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0]
     assert y.tolist() == [1.0, 1.0, 1.0, 2.0, 20.0, 40.0, 80.0]
     x, y = curve(axes[0], "random direction")
