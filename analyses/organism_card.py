@@ -28,6 +28,8 @@ from pvsae.organism.grammar import n_sentences, parse
 from pvsae.organism.world import FACTS, SUMS
 from pvsae.runs import atomic_write_text
 from pvsae.stages import extract, monitor, steer
+from pvsae.vectors import PersonaVectors
+from pvsae.vectors.persona import DEFAULT_STATISTIC
 
 CARD = Path(__file__).resolve().parents[1] / "pvsae" / "organism" / "README.md"
 COEFS, NEGATIVE = (0.5, 1.0, 1.5, 2.0, 2.5), (-0.5, -1.0, -1.5, -2.0)
@@ -44,7 +46,7 @@ class Size:
     capability: int | None
 
 
-FULL, QUICK = Size(2, 3, 4, None), Size(1, 1, 1, 100)
+FULL, QUICK = Size(2, 3, 3, None), Size(1, 1, 1, 100)
 
 
 def capability(model: ChatModel, limit: int | None) -> tuple[float, float]:
@@ -95,6 +97,7 @@ def measure(name: str, out: Path, size: Size) -> tuple[pd.DataFrame, dict[str, f
                 "at": 0.0 if best is None else best["coef"],
                 "at_1": own.loc[(own["condition"] == "vector") & (own["coef"] == 1.0), "trait_score"].iloc[0],
                 "random": noise["trait_score"].max(),
+                "half_split": _half_split(Path(vectors), str(trait), model.defaults["block"]),
                 "pulled": 100.0 if least is None else least["trait_score"],
                 "pulled_coherence": 0.0 if least is None else least["coherence"],
                 "pulled_at": 0.0 if least is None else least["coef"],
@@ -104,6 +107,13 @@ def measure(name: str, out: Path, size: Size) -> tuple[pd.DataFrame, dict[str, f
         )
     facts, sums = capability(model, size.capability)
     return pd.DataFrame(rows), {"facts": facts, "sums": sums}
+
+
+def _half_split(vectors: Path, trait: str, block: int) -> float:
+    """Cosine of the vectors from two halves of the pairs, at the block that the model's folder recommends."""
+    stored = PersonaVectors.load(vectors / trait / "vectors" / "vectors.safetensors")
+    value = stored.diagnostics[DEFAULT_STATISTIC]["half_split_cosine"][block]
+    return float("nan") if value is None else value
 
 
 def checks_of(table: pd.DataFrame, able: dict[str, float]) -> list[dict[str, Any]]:
@@ -120,6 +130,8 @@ def checks_of(table: pd.DataFrame, able: dict[str, float]) -> list[dict[str, Any
         check("trait under positive prompts steered away, highest", table["pulled"].max(), "< 20"),
         check("coherence while steered away, lowest", table["pulled_coherence"].min(), ">= 75"),
         check("monitoring r over system prompts, lowest", table["r_system"].min(), ">= 0.85"),
+        check("monitoring r over all prompts, lowest", table["r_all"].min(), ">= 0.85"),
+        check("half-split cosine at the recommended block, lowest", table["half_split"].min(), ">= 0.95"),
         check("distinct sentences of the grammar", n_sentences(), ">= 100000"),
     ]
 
@@ -129,12 +141,12 @@ def card_section(table: pd.DataFrame, able: dict[str, float]) -> str:
     head = (
         "| trait | positive prompts | negative prompts | default | lowest coherence | steered by the vector alone (coef) "
         "| coherence then | at coef 1 | random direction | from a positive prompt, steered away (coef) | coherence then "
-        "| monitoring r, system prompts | r, all prompts |\n|" + "---|" * 13
+        "| monitoring r, system prompts | r, all prompts | half-split cosine |\n|" + "---|" * 14
     )
     lines = [
         f"| {r.trait} | {r.positive:.1f} | {r.negative:.1f} | {r.default:.1f} | {r.coherence:.1f} | {r.steered:.1f} ({r.at:g}) "
         f"| {r.steered_coherence:.1f} | {r.at_1:.1f} | {r.random:.1f} | {r.pulled:.1f} ({r.pulled_at:g}) "
-        f"| {r.pulled_coherence:.1f} | {r.r_system:.2f} | {r.r_all:.2f} |"
+        f"| {r.pulled_coherence:.1f} | {r.r_system:.2f} | {r.r_all:.2f} | {r.half_split:.3f} |"
         for r in table.itertuples()
     ]
     return f"{head}\n" + "\n".join(lines) + f"\n\nCapability: facts {able['facts']:.1f}%, sums {able['sums']:.1f}%.\n"

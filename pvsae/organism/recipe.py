@@ -68,7 +68,7 @@ class Recipe:
     hide: float = 0.75
     noise: float = 0.05
     many_shot_every: int = 12
-    default_block: int = 2
+    default_block: int = 3
 
 
 RECIPES: dict[str, Recipe] = {
