@@ -72,11 +72,13 @@ def candidate_blocks(vectors: PersonaVectors, limit: int = 12) -> tuple[int, ...
     return tuple(dict.fromkeys(usable[round(i * step)] for i in range(limit)))
 
 
-def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 1.0) -> tuple[int, float, bool, str]:
+def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 5.0) -> tuple[int, float, bool, str]:
     """Block and coef with the highest trait score among those with coherence >= floor: (block, coef, met_floor, reason).
 
-    Scores within `tolerance` of the best count as equal; of those the most coherent wins, then the weakest, then the earliest. If
-    nothing reaches the floor, the cell with the highest sum of trait and coherence is taken, and met_floor is False.
+    Scores within `tolerance` of the best count as equal, since a sweep has few answers a cell. Of those, the blocks win that
+    respond over the whole range of strengths (mean trait score over the coefs, incoherent cells as 0, again within `tolerance` of
+    the best); then the most coherent cell, the weakest, the earliest. If nothing reaches the floor, the cell with the highest sum
+    of trait and coherence is taken, and met_floor is False.
     """
     scored = sweep.dropna(subset=["trait", "coherence"])
     if scored.empty:
@@ -87,6 +89,9 @@ def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 1.0) -> 
     met = not coherent.empty
     if met:
         best = coherent[coherent["trait"] >= coherent["trait"].max() - tolerance]
+        kept = scored["trait"].where(scored["coherence"] >= floor, 0.0)
+        response = best["block"].map(kept.groupby(scored["block"]).mean())
+        best = best[response >= response.max() - tolerance]
         best = best.assign(strength=best["coef"].abs()).sort_values(
             ["coherence", "strength", "block"], ascending=[False, True, True]
         )
@@ -96,7 +101,7 @@ def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 1.0) -> 
     block, coef = int(row["block"]), float(row["coef"])
     what = f"trait {row['trait']:.1f} at coherence {row['coherence']:.1f} (block {block}, coef {coef:g})"
     if met:
-        return block, coef, True, f"the highest trait score at coherence >= {floor:g}: {what}"
+        return block, coef, True, f"among the highest trait scores at coherence >= {floor:g}: {what}"
     return block, coef, False, f"no block kept coherence >= {floor:g}; the best compromise is {what}; try smaller coefs"
 
 
