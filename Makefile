@@ -6,7 +6,7 @@
 #   make lint        ruff and mypy
 #
 # Options: PYTHON=python3.12 (which interpreter), VENV=folder, OUT=folder of the demo's run,
-#          TORCH_INDEX=https://download.pytorch.org/whl/cpu (a torch without CUDA: a far smaller download)
+#          TORCH_INDEX=URL (an index with a torch without CUDA: a far smaller download)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -56,8 +56,12 @@ def main() -> None:
     print(f"\noverall r over system prompts: ours {ours.min():.2f} to {ours.max():.2f}, published {low} to {high}")
     print(f"figures: {', '.join(map(str, figures))}")
     checks = [
-        check("overall r over system prompts, lowest trait", ours.min(), f">= {args.target:g}"),
-        check("overall r over system and many-shot prompts, lowest trait", table["all overall"].min(), f">= {args.target:g}"),
+        check("overall r over system prompts, lowest trait", ours.min(skipna=False), f">= {args.target:g}"),
+        check(
+            "overall r over system and many-shot prompts, lowest trait",
+            table["all overall"].min(skipna=False),
+            f">= {args.target:g}",
+        ),
     ]
     record(
         f"monitoring_{prepared.out.name}", checks, {"table": table.to_dict("records"), "published": {"overall r": PUBLISHED_R}}

@@ -119,19 +119,19 @@ def _half_split(vectors: Path, trait: str, block: int) -> float:
 def checks_of(table: pd.DataFrame, able: dict[str, float]) -> list[dict[str, Any]]:
     """The card's targets, each for the worst trait."""
     return [
-        check("trait under positive prompts, lowest", table["positive"].min(), ">= 80"),
-        check("trait under negative prompts, highest", table["negative"].max(), "<= 5"),
-        check("trait by default, highest", table["default"].max(), "<= 5"),
-        check("coherence, lowest", table["coherence"].min(), ">= 95"),
+        check("trait under positive prompts, lowest", table["positive"].min(skipna=False), ">= 80"),
+        check("trait under negative prompts, highest", table["negative"].max(skipna=False), "<= 5"),
+        check("trait by default, highest", table["default"].max(skipna=False), "<= 5"),
+        check("coherence, lowest", table["coherence"].min(skipna=False), ">= 95"),
         check("capability facts, percent", able["facts"], ">= 90"),
         check("capability sums, percent", able["sums"], ">= 90"),
-        check("trait steered by the vector alone, lowest", table["steered"].min(), ">= 70"),
-        check("coherence while steered, lowest", table["steered_coherence"].min(), ">= 75"),
-        check("trait under positive prompts steered away, highest", table["pulled"].max(), "< 20"),
-        check("coherence while steered away, lowest", table["pulled_coherence"].min(), ">= 75"),
-        check("monitoring r over system prompts, lowest", table["r_system"].min(), ">= 0.85"),
-        check("monitoring r over all prompts, lowest", table["r_all"].min(), ">= 0.85"),
-        check("half-split cosine at the recommended block, lowest", table["half_split"].min(), ">= 0.95"),
+        check("trait steered by the vector alone, lowest", table["steered"].min(skipna=False), ">= 70"),
+        check("coherence while steered, lowest", table["steered_coherence"].min(skipna=False), ">= 75"),
+        check("trait under positive prompts steered away, highest", table["pulled"].max(skipna=False), "< 20"),
+        check("coherence while steered away, lowest", table["pulled_coherence"].min(skipna=False), ">= 75"),
+        check("monitoring r over system prompts, lowest", table["r_system"].min(skipna=False), ">= 0.85"),
+        check("monitoring r over all prompts, lowest", table["r_all"].min(skipna=False), ">= 0.85"),
+        check("half-split cosine at the recommended block, lowest", table["half_split"].min(skipna=False), ">= 0.95"),
         check("distinct sentences of the grammar", n_sentences(), ">= 100000"),
     ]
 
@@ -146,7 +146,7 @@ def card_section(table: pd.DataFrame, able: dict[str, float]) -> str:
     lines = [
         f"| {r.trait} | {r.positive:.1f} | {r.negative:.1f} | {r.default:.1f} | {r.coherence:.1f} | {r.steered:.1f} ({r.at:g}) "
         f"| {r.steered_coherence:.1f} | {r.at_1:.1f} | {r.random:.1f} | {r.pulled:.1f} ({r.pulled_at:g}) "
-        f"| {r.pulled_coherence:.1f} | {r.r_system:.2f} | {r.r_all:.2f} | {r.half_split:.3f} |"
+        f"| {r.pulled_coherence:.1f} | {r.r_system:.3f} | {r.r_all:.3f} | {r.half_split:.3f} |"
         for r in table.itertuples()
     ]
     return f"{head}\n" + "\n".join(lines) + f"\n\nCapability: facts {able['facts']:.1f}%, sums {able['sums']:.1f}%.\n"

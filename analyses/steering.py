@@ -69,10 +69,14 @@ def main() -> None:
     print(f"\nbest depth: ours {table['depth'].min():.2f} to {table['depth'].max():.2f}, published {low:.2f} to {high:.2f}")
     print(f"figure: {figures[0]}")
     checks = [
-        check("trait steered by the vector alone, lowest", table["steered"].min(), ">= 70"),
-        check("coherence then, lowest", table["coherence"].min(), f">= {COHERENT:g}"),
-        check("steered minus random direction of equal length, lowest", (table["steered"] - table["random"]).min(), ">= 50"),
-        check("rank correlation of score and coefficient, lowest", table["rank_r"].min(), ">= 0.8"),
+        check("trait steered by the vector alone, lowest", table["steered"].min(skipna=False), ">= 70"),
+        check("coherence then, lowest", table["coherence"].min(skipna=False), f">= {COHERENT:g}"),
+        check(
+            "steered minus random direction of equal length, lowest",
+            (table["steered"] - table["random"]).min(skipna=False),
+            ">= 50",
+        ),
+        check("rank correlation of score and coefficient, lowest", table["rank_r"].min(skipna=False), ">= 0.8"),
     ]
     details = {"table": table.to_dict("records"), "published": {"depth of the best layers": PUBLISHED_DEPTH}}
     record(f"steering_{prepared.out.name}", checks, details)

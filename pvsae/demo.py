@@ -40,7 +40,7 @@ def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
         model=model,
     )
     monitored = monitor.run(
-        MonitorConfig(vectors=vectors, layers=chosen, shots=(0, 5, 10), max_questions=8, n_samples=3, **shared),
+        MonitorConfig(vectors=vectors, layers=chosen, shots=(0, 5), max_questions=8, n_samples=3, **shared),
         out / "monitor",
         model=model,
     )

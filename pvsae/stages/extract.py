@@ -107,7 +107,7 @@ def run(
             empty[artifacts.name] = error
     if not vectors:
         raise next(iter(empty.values()))
-    table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name)) for name in rollouts])
+    table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name), config.threshold) for name in rollouts])
     blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
     folder.table("extraction", table)
     folder.table("blocks", blocks)
@@ -200,10 +200,10 @@ def _rollouts(
     )
 
 
-def _trait_row(trait: str, pos: Rollouts, neg: Rollouts, vectors: PersonaVectors | None) -> dict[str, Any]:
+def _trait_row(trait: str, pos: Rollouts, neg: Rollouts, vectors: PersonaVectors | None, threshold: float) -> dict[str, Any]:
     from pvsae.vectors import filter_pairs
 
-    pairs = filter_pairs(pos, neg, trait) if vectors is None else None
+    pairs = filter_pairs(pos, neg, trait, threshold=threshold) if vectors is None else None
     counts = vectors.meta["counts"] if vectors is not None else None
     dropped = counts["dropped"] if counts else pairs.dropped if pairs else {}
     up, down = pos.means(), neg.means()

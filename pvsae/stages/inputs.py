@@ -66,6 +66,12 @@ class Setup:
     batch_size: int = 32
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "n_samples", "max_questions", "max_instructions"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}", "at least 1", f"--{name.replace('_', '-')} 1, or leave it out")
+
     def identity(self) -> dict[str, Any]:
         """The options that a run's numbers depend on; a run folder is resumed only under the same ones."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IDENTITY}

@@ -118,11 +118,12 @@ def run(
     table = pd.concat(points, ignore_index=True)
     correlations = pd.concat([_correlations(t, p, config.seed) for t, p in table.groupby("trait", sort=False)], ignore_index=True)
     by_block = pd.concat(per_block, ignore_index=True)
+    for name, frame in (("correlations", correlations), ("by_block", by_block), ("points", table)):
+        folder.table(name, frame)
     title = Path(config.conversation).name if config.conversation else f"an ordinary answer, then the most {traits[0].name}"
     conversation = conversation or _turning(traits[0], answers[traits[0].name])
     trace = trace_conversation(model, conversation, vectors, blocks, config.statistic, title)
-    for name, frame in (("correlations", correlations), ("by_block", by_block), ("points", table), ("trace", trace)):
-        folder.table(name, frame)
+    folder.table("trace", trace)
     folder.result(_summary(table, correlations, blocks, traits, answers, judge, notes))
     return MonitorResult(table, correlations, by_block, trace, folder.path)
 

@@ -10,6 +10,8 @@ differ by what was done to the model and not by luck.
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 ALL_BLOCKS = "incremental"  # the table's name for the multi-layer form
 UNDER = ("none", "pos", "neg")
+POSITIONS = ("prompt", "response", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +182,10 @@ def _check(config: SteerConfig) -> None:
         raise UserError(f"unknown unit {config.unit!r}", f"one of {', '.join(UNITS)}")
     if config.under not in UNDER:
         raise UserError(f"unknown prompt {config.under!r}", f"one of {', '.join(UNDER)}")
+    if config.positions not in POSITIONS:
+        raise UserError(f"unknown positions {config.positions!r}", f"one of {', '.join(POSITIONS)}")
+    if not all(math.isfinite(coef) for coef in config.coefs):
+        raise UserError(f"coefs are {list(config.coefs)}", "finite numbers")
     if not config.coefs or 0 in config.coefs:
         raise UserError(f"coefs are {list(config.coefs)}", "at least one strength, none of them 0 (unsteered is always there)")
     if config.multi_layer and config.blocks:
@@ -194,11 +201,15 @@ def _blocks(config: SteerConfig, trait: str, model: ChatModel, vectors: PersonaV
     return tuple(vectors.check_block(block) for block in blocks)
 
 
+def _matrix(config: SteerConfig, vectors: PersonaVectors) -> Float[Tensor, "n_blocks d_model"]:
+    """The vector of every block; for the multi-layer form only up to the first block that has none (official files)."""
+    matrix = vectors.of(config.statistic)
+    return matrix[: min(vectors.missing_blocks)] if config.multi_layer and vectors.missing_blocks else matrix
+
+
 def _conditions(config: SteerConfig, vectors: PersonaVectors, blocks: Sequence[int | str]) -> Iterator[Condition]:
     """Everything that is measured, unsteered first. Flips that the sweep holds anyway are not done twice."""
-    matrix = vectors.of(config.statistic)
-    if config.multi_layer and vectors.missing_blocks:
-        matrix = matrix[: min(vectors.missing_blocks)]
+    matrix = _matrix(config, vectors)
     yield Condition("unsteered", config.under)
     for polarity in ("pos", "neg"):
         if polarity != config.under:
@@ -210,7 +221,7 @@ def _conditions(config: SteerConfig, vectors: PersonaVectors, blocks: Sequence[i
             if -coef not in config.coefs:
                 yield Condition("sign flip", config.under, block, -coef, matrix)
         for k in range(config.n_random):
-            control = random_like(matrix, seed=1_000_003 * (config.seed + 1) + k)
+            control = random_like(matrix, seed=zlib.crc32(f"{config.seed}/{vectors.trait}/{k}".encode()))
             for coef in config.coefs:
                 yield Condition(f"random {k}", config.under, block, coef, control)
 
@@ -280,7 +291,7 @@ class _Sweep:
         unsteered, _ = self.answers(Condition("unsteered", self.config.under))
         answered = [i for i, text in enumerate(unsteered.table["answer"]) if text]
         rows = render_rows(self.model, unsteered, answered[: self.config.kl_rows])
-        matrix = self.vectors.of(self.config.statistic)
+        matrix = _matrix(self.config, self.vectors)
         return calibrate(
             lambda coef: mean_kl(self.model, rows, additions(matrix, block, coef, self.config.positions, "kl")), target
         )
