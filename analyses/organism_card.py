@@ -46,7 +46,7 @@ class Size:
     capability: int | None
 
 
-FULL, QUICK = Size(2, 3, 3, None), Size(1, 1, 1, 100)
+FULL, QUICK = Size(2, 3, 4, None), Size(1, 1, 1, 100)
 
 
 def capability(model: ChatModel, limit: int | None) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvsae.errors import UserError
 from pvsae.judges import Score
+from pvsae.llm import MAX_COST_REACHED
 from pvsae.runs import RunDir, read_json
 
 if TYPE_CHECKING:
@@ -221,8 +222,20 @@ def require_answers(rollouts: Rollouts) -> Rollouts:
 
 
 def require_scores(rollouts: Rollouts) -> Rollouts:
-    """The same rollouts, unless not one answer got a score. UserError then, with the judge's reason for the first."""
+    """The same rollouts, unless the cost limit left answers without a score, or not one answer got a score.
+
+    Raises:
+        UserError: in both cases; the step is then not finished, and goes on with the stored replies when it is started again.
+    """
     table, trait = rollouts.table, rollouts.trait
+    evidence = [Score.from_json(text) for name in (trait, "coherence") for text in table[f"{name}_score"]]
+    unpaid = sum(score.error is not None and MAX_COST_REACHED in score.error for score in evidence)
+    if unpaid:
+        raise UserError(
+            f"the limit of --max-cost was reached: {unpaid} of {len(evidence)} scores are missing",
+            "enough for all scores (pvsae extract --dry-run estimates it)",
+            "run the same command with a higher --max-cost; what was paid for is kept",
+        )
     if len(table) and table[trait].isna().all():
         reason = Score.from_json(table[f"{trait}_score"].iloc[0]).error or "it gave no number"
         raise UserError(

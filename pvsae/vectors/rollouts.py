@@ -31,6 +31,7 @@ COLUMNS = (
     "prompt_ids", "answer_ids", "finish",
 )  # fmt: skip
 OFFICIAL_COLUMNS = ("question", "prompt", "answer", "question_id")
+NO_ANSWER = "no answer was generated"
 _QUESTION_ID = re.compile(r"^(?P<trait>.+?)_(?P<question>\d+)(?:_(?P<polarity>pos|neg)_(?P<instruction>\d+))?$")
 
 
@@ -338,7 +339,7 @@ def judge_rollouts(
         pairs = [(questions[i], answers[i]) for i in answered]
         columns: dict[str, list[Any]] = {}
         for column, metric in metrics.items():
-            none = Score(None, "failed", None, False, (), judge.name, metric.prompt_hash, "no answer was generated")
+            none = Score(None, "failed", None, False, (), judge.name, metric.prompt_hash, NO_ANSWER)
             got = dict(zip(answered, judge.score(metric, pairs, progress=progress) if pairs else [], strict=True))
             scores = [got.get(i, none) for i in rows]
             columns[column] = [float("nan") if s.value is None else float(s.value) for s in scores]
@@ -347,7 +348,13 @@ def judge_rollouts(
 
     prompts = {name: metric.prompt for name, metric in metrics.items()}
     fingerprint = _fingerprint({"judge": judge.name, "prompts": prompts, "pairs": [questions, answers], "chunk": chunk})
-    scored = in_chunks(len(rollouts), chunk, one_chunk, parts, fingerprint)
+
+    def judged(frame: pd.DataFrame) -> bool:
+        """No request of the chunk failed. Otherwise it is not kept: the judge may answer next time, or the limit be raised."""
+        evidence = [Score.from_json(text) for name in metrics for text in frame[f"{name}_score"]]
+        return not any(score.mode == "failed" and score.error != NO_ANSWER for score in evidence)
+
+    scored = in_chunks(len(rollouts), chunk, one_chunk, parts, fingerprint, whole=judged)
     table = pd.concat([rollouts.table.drop(columns=[c for c in scored if c in rollouts.table]), scored], axis=1)
     failed = {name: int(scored[name].isna().sum()) for name in metrics}
     return replace(rollouts, table=table, meta={**rollouts.meta, "trait": trait, "judge": judge.name, "failed_scores": failed})

@@ -166,6 +166,19 @@ def test_judging_goes_on_where_it_stopped(tiny_models, tmp_path):
     assert second.table.equals(first.table)
 
 
+def test_failed_requests_are_made_again_and_the_rest_is_not(tiny_models, tmp_path):
+    model = tiny_models("qwen2")
+    rollouts = generate_rollouts(model, artifacts(6), "none", n_samples=2, sampling=SHORT)
+    first = judge_rollouts(rollouts, LengthJudge(fail_on="evil"), artifacts(6), parts=tmp_path, chunk=2)
+    broken = {i // 2 for i in first.table.index[first.table["evil"].isna()]}
+    assert len(broken) > 0
+    assert {int(part.stem) for part in tmp_path.glob("*.parquet")} == set(range(6)) - broken
+    judge = LengthJudge()
+    second = judge_rollouts(rollouts, judge, artifacts(6), parts=tmp_path, chunk=2)
+    assert judge.calls == 2 * len(broken)
+    assert not second.table["evil"].isna().any()
+
+
 def test_rows_that_a_server_does_not_answer_get_no_score_and_are_asked_for_again(tmp_path):
     from pvsae.llm import ChatClient
     from pvsae.models import RemoteModel

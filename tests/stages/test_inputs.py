@@ -1,0 +1,45 @@
+"""What every stage checks before it works, and before it calls a step done."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from pvsae.errors import UserError
+from pvsae.judges import Score
+from pvsae.llm import MAX_COST_REACHED
+from pvsae.stages.extract import ExtractConfig
+from pvsae.stages.inputs import require_scores
+from pvsae.vectors import Rollouts
+
+
+def scored(*errors: str | None) -> Rollouts:
+    """Rollouts with one score a row, failed where there is an error."""
+    scores = [Score(None if e else 50.0, "failed" if e else "text", None, False, (), "j", "h", e) for e in errors]
+    evidence = [s.to_json() for s in scores]
+    values = [float("nan") if e else 50.0 for e in errors]
+    table = pd.DataFrame({"evil": values, "evil_score": evidence, "coherence": 90.0, "coherence_score": scored_well(len(errors))})
+    return Rollouts(table, {"trait": "evil", "judge": "j"})
+
+
+def scored_well(n: int) -> list[str]:
+    return [Score(90.0, "text", None, False, (), "j", "h").to_json()] * n
+
+
+def test_a_step_is_not_done_while_the_cost_limit_leaves_scores_out():
+    with pytest.raises(UserError, match="1 of 6 scores are missing"):
+        require_scores(scored(None, MAX_COST_REACHED, None))
+
+
+def test_single_failures_do_not_end_a_run_and_nothing_but_failures_does():
+    kept = scored(None, "500 Internal Server Error", None)
+    assert require_scores(kept) is kept
+    with pytest.raises(UserError, match="scored none of 2 answers: timeout"):
+        require_scores(scored("timeout", "timeout"))
+
+
+@pytest.mark.parametrize("option", ["max_new_tokens", "batch_size", "n_samples", "max_questions", "max_instructions"])
+def test_counts_below_one_are_refused_before_anything_is_loaded(option):
+    for value in (0, -1):
+        with pytest.raises(UserError, match=f"{option} is {value}"):
+            ExtractConfig(**{option: value})
