@@ -34,7 +34,7 @@ def test_the_choice_is_the_best_cell_and_later_stages_find_it(tmp_path, tiny_mod
     for trait, part in result.table.groupby("trait"):
         assert len(part) == 3 * 2
         (chosen,) = part[part["chosen"]].itertuples()
-        assert chosen.trait_score >= part["trait_score"].max() - 1.0
+        assert chosen.trait_score >= part["trait_score"].max() - 5.0  # the tolerance of the choice
         assert chosen.block == result.blocks[str(trait)] == chosen_block(str(trait), model, tmp_path / "run")
         assert part["separation"].notna().all()
     with pytest.raises(UserError, match="chose no block for 'sad'"):
