@@ -69,6 +69,12 @@ def machine() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     found = environment()
+    root = Path(__file__).resolve().parents[1]
+    # Results are shared: what was run, not where somebody keeps it.
+    found["argv"] = [
+        a.removeprefix(f"{root}/") if a.startswith(str(root)) else Path(a).name if "/" in a else a for a in found["argv"]
+    ]
+    found["platform"] = f"{platform.system()} {platform.machine()}"
     return {"date": found.pop("started"), "environment": found}
 
 
