@@ -196,8 +196,10 @@ class ChatTemplate:
         n, end = prompt.n_prompt, len(new)
         while end and new[end - 1] in self.stop_ids:
             end -= 1
-        start, stop = self.answer_tokens(new[:end], opens_thinking(prompt))
-        return Rendered(prompt.ids + new, n, (n + start, n + stop), prompt.spans, prompt.text + self.decode(new))
+        text, opened = self.decode(new), opens_thinking(prompt)
+        # Only an answer that thinks is decoded again, without its end of turn.
+        start, stop = self.answer_tokens(new[:end], opened) if opened or THINK_OPEN in text else (0, end)
+        return Rendered(prompt.ids + new, n, (n + start, n + stop), prompt.spans, prompt.text + text)
 
     def with_answer_text(self, prompt: Rendered | Sequence[Message], text: str) -> Rendered:
         """The prompt's string followed by `text`, tokenised together, with nothing behind it.

@@ -28,7 +28,6 @@ DTYPES = {
 }
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-SMALL_D_MODEL = 256  # up to this width, sdpa's overhead on a CPU is more than what it saves
 
 
 def known_models() -> dict[str, Any]:
@@ -52,8 +51,7 @@ def load(
         adapter: folder of a PEFT adapter trained on that model; its layers are put into the model and stay separate.
         dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": float32 on a CPU, bfloat16 on a GPU.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": a GPU if there is one.
-        attn: "sdpa", "eager" or another implementation that transformers has; "auto" is sdpa, but eager for small models
-            (d_model <= 256) on a CPU, where it is faster.
+        attn: "sdpa", "eager" or another implementation that transformers has; "auto" is sdpa where the model has it.
         **chat_options: passed on to ChatTemplate: `chat` ("auto" or "plain" for models without a template), `pin_date`, `system`.
 
     Raises: UserError for a missing folder, a folder that is not a model's, weights that do not fit or are not safetensors,
@@ -73,8 +71,7 @@ def load(
         adapter = Path(adapter)
         _check_adapter(adapter, skeleton, source)
     if attn == "auto":
-        small = torch_device.type == "cpu" and config.get_text_config().hidden_size <= SMALL_D_MODEL
-        attn = "eager" if small or not getattr(skeleton, "_supports_sdpa", True) else "sdpa"
+        attn = "sdpa" if getattr(skeleton, "_supports_sdpa", True) else "eager"
     tokenizer = _tokenizer(source, folder)
     hf = _weights(source, config, torch_dtype, attn)
     if adapter is not None:
