@@ -10,10 +10,12 @@ latent, because every one of these products reads whole rows.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**21  # pre-activations computed at a time: 8 MB
@@ -47,10 +49,15 @@ def survivors(
         part = x[start : start + rows]
         pre = buffer[: len(part) * d_sae].view(len(part), d_sae)
         flat = torch.addmm(bias, part, weight, out=pre).view(-1)
-        index = (flat > low).nonzero()[:, 0]
+        index = _where(flat > low)
         values.append(flat[index].float())
         indices.append(index.add_(start * d_sae))
     return torch.cat(indices), torch.cat(values)
+
+
+def _where(mask: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Indices of True. On a CPU numpy finds them several times as fast as torch does."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
@@ -58,15 +65,13 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
     return float(values.kthvalue(len(values) - k + 1).values)
 
 
-def keep_largest(
-    index: Int[Tensor, " n"], value: Float[Tensor, " n"], threshold: float, n_ties: int, d_sae: int
-) -> Sparse:
+def keep_largest(index: Int[Tensor, " n"], value: Float[Tensor, " n"], threshold: float, n_ties: int, d_sae: int) -> Sparse:
     """The survivors above the threshold, and of those equal to it the first `n_ties`, as Sparse."""
     kept = value > threshold
     if n_ties > 0:
         ties = (value == threshold).nonzero()[:n_ties, 0]
         kept[ties] = True
-    where = kept.nonzero()[:, 0]
+    where = _where(kept)
     index = index[where]
     token = torch.div(index, d_sae, rounding_mode="floor")
     return Sparse(token, index - token * d_sae, value[where])
@@ -79,18 +84,20 @@ def decode(kept: Sparse, W_dec: Float[Tensor, "d_sae d_model"], batch: int) -> F
     )
 
 
-def value_grads(
-    kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "d_sae d_model"]
-) -> Float[Tensor, " n"]:
+def value_grads(kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, " n"]:
     """<grad[token], W_dec[latent]> of every kept pair: the gradient of the loss with respect to its value."""
-    pattern = torch.sparse_csr_tensor(
-        offsets(kept.token, len(grad)), kept.latent, torch.zeros_like(kept.value), (len(grad), len(W_dec))
-    )
+    shape = (len(grad), len(W_dec))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that CSR tensors are new, and that nobody checks their indices
+        pattern = torch.sparse_csr_tensor(offsets(kept.token, len(grad)), kept.latent, torch.zeros_like(kept.value), shape)
     return torch.sparse.sampled_addmm(pattern, grad, W_dec.T, beta=0.0).values()
 
 
 class ByLatent(NamedTuple):
-    """Kept pairs in the order of their latents: order [n] into Sparse, token [n] in that order, start [d_sae + 1] of each latent."""
+    """Kept pairs sorted by latent.
+
+    order: their places in Sparse. token: their tokens. start: where each latent begins, and the number of pairs.
+    """
 
     order: Int[Tensor, " n"]
     token: Int[Tensor, " n"]
@@ -107,9 +114,7 @@ def weight_grads(
     at: ByLatent, weights: Float[Tensor, " n"], rows: Float[Tensor, "batch d_model"]
 ) -> Float[Tensor, "d_sae d_model"]:
     """Sum over each latent's kept tokens of weight * rows[token]; `weights` are in Sparse's order."""
-    return torch.nn.functional.embedding_bag(
-        at.token, rows, at.start[:-1], per_sample_weights=weights[at.order], mode="sum"
-    )
+    return torch.nn.functional.embedding_bag(at.token, rows, at.start[:-1], per_sample_weights=weights[at.order], mode="sum")
 
 
 def offsets(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:
