@@ -143,6 +143,17 @@ class SAE:
             return self
         return self._with(W_enc=self._rows(self.W_enc.T, place, kind).T, W_dec=self._rows(self.W_dec, place, kind))
 
+    def in_memory(self) -> SAE:
+        """Itself with both matrices one row a latent: a copy of those that lie otherwise in a file, faster where used much."""
+        encoder, decoder = self.W_enc.T, self.W_dec
+        if encoder.is_contiguous() and decoder.is_contiguous():
+            return self
+        if not encoder.is_contiguous():
+            encoder = self._rows(encoder, self.device, self.dtype)
+        if not decoder.is_contiguous():
+            decoder = self._rows(decoder, self.device, self.dtype)
+        return self._with(W_enc=encoder.T, W_dec=decoder)
+
     def calibrated(self, median_norm: float) -> SAE:
         """The same dictionary whose outlier filter knows the median length of residuals. UserError without a filter."""
         if self.info.outliers is None:
@@ -260,8 +271,11 @@ class SAE:
     def decode_sparse(self, acts: SparseActs, n_tokens: int) -> Float[Tensor, "n_tokens d_model"]:
         """Reconstruction from sparse activations; reads the rows of active latents alone."""
         starts = torch.searchsorted(acts.token, torch.arange(n_tokens, device=self.device))
-        weights = acts.value.to(self.dtype)
-        summed = torch.nn.functional.embedding_bag(acts.latent, self.W_dec, starts, mode="sum", per_sample_weights=weights)
+        latent, rows, weights = acts.latent, self.W_dec, acts.value.to(self.dtype)
+        if not rows.is_contiguous():  # embedding_bag would copy all of them
+            used, latent = latent.unique(return_inverse=True)
+            rows = rows[used]
+        summed = torch.nn.functional.embedding_bag(latent, rows, starts, mode="sum", per_sample_weights=weights)
         return summed.to(self.acts_dtype) + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

@@ -99,6 +99,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     scale: float | None = None,
+    calibrate: Tensor | None = None,
 ) -> SAE:
     """Opens a dictionary: a folder of SAELens' layout, a folder of dictionary_learning, or a release "RELEASE/ID".
 
@@ -106,6 +107,7 @@ def load(
         source: the folder, or the name of a release where there is no such folder.
         device, dtype: where and what the weights are to be; on the CPU and in the file's dtype they stay memory-mapped.
         scale: factor s that activations were multiplied by in training, where the folder says that there was one and not which.
+        calibrate: residuals [n, d_model] for the threshold of an unfinished run of dictionary_learning.
 
     Raises: UserError for a missing folder or file, an architecture or normalisation that cannot be honoured, arrays that do not
         fit the config, values that are not finite.
@@ -116,11 +118,11 @@ def load(
     if (folder / "ae.pt").is_file():
         from pvsae.saes.foreign import load_dictionary_learning
 
-        return load_dictionary_learning(folder).to(device, dtype)
+        return load_dictionary_learning(folder, calibrate=calibrate).to(device, dtype)
     if not folder.exists() and str(source).count("/") >= 1 and not str(source).startswith((".", "/", "~")):
         from pvsae.saes.releases import load_release
 
-        return load_release(str(source)).to(device, dtype)
+        return load_release(str(source), scale=scale).to(device, dtype)
     raise UserError(
         f"no dictionary in {source}" if folder.exists() else f"there is no dictionary {str(source)!r}",
         f"a folder with {CONFIG} and {WEIGHTS} (SAELens), with ae.pt and config.json (dictionary_learning), or RELEASE/ID",
@@ -141,7 +143,7 @@ def load_folder(folder: str | Path, *, scale: float | None = None) -> SAE:
         )
     if scale is None and (folder / SCALER).is_file():
         scale = read_json(folder / SCALER, "activation scaler").get("scaling_factor")
-    return from_state(_config_now(config), open_arrays(file), ref=str(folder), scale=scale)
+    return from_state(current_config(config), open_arrays(file), ref=str(folder), scale=scale)
 
 
 def open_arrays(file: Path) -> dict[str, Tensor]:
@@ -155,7 +157,7 @@ def open_arrays(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read: {error}", "a whole safetensors file", "copy it again") from error
 
 
-def _config_now(config: Mapping[str, Any]) -> dict[str, Any]:
+def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of any SAELens version in the form that version 6 writes."""
     given = dict(config)
     metadata = given.get("metadata")
