@@ -43,9 +43,15 @@ def _stage(name: str, config_class: str, shown: Callable[[Any], pd.DataFrame]) -
 
             print(plan(config))
             return
-        result = getattr(stages, name).run(config, out)
         from pvsae.reports import write_report
+        from pvsae.vectors import EmptyFilter
 
+        try:
+            result = getattr(stages, name).run(config, out)
+        except EmptyFilter:
+            if (out / "result.json").is_file():  # traits that have a vector are done, and the page shows why others have none
+                print(f"report: {write_report(out, title=f'pvsae {name}')}")
+            raise
         page = write_report(out, title=f"pvsae {name}")
         print(_text(shown(result)))
         print(f"\ntables, figures and answers: {out}\nreport: {page}")

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pvsae.cli import build_parser, main
-from pvsae.traits import Pair, TraitArtifacts, save_trait
+from pvsae.traits import Pair, TraitArtifacts, load_trait, save_trait
 from pvsae.vectors import PersonaVectors
 from tests.plugin import make_plugin
 
@@ -160,6 +161,24 @@ def test_a_run_with_other_options_is_refused_with_their_names(place: Path, tmp_p
     err = capsys.readouterr().err
     assert "differs in: config.seed, seed" in err
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_page_is_written_even_if_a_trait_has_no_vector(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for entry in make_plugin(tmp_path / "plugin"):
+        monkeypatch.syspath_prepend(entry)
+    from byte_judge import BlindJudge
+
+    monkeypatch.setattr("pvsae.stages.extract.open_judge", lambda *_: BlindJudge("sad"))
+    shutil.copytree(place / "library", tmp_path / "library")
+    save_trait(replace(load_trait("evil", place / "library"), name="sad"), tmp_path / "library")
+    line = f"extract --model {place}/model --library {tmp_path}/library --max-new-tokens 3 --n-samples 1 --max-questions 4"
+    assert main([*line.split(), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert "no vector for sad" in said.err
+    assert str(tmp_path / "run" / "report.html") in said.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "passes the filter" in page
+    assert "not finished" not in page
 
 
 def test_dry_run_counts_and_touches_nothing(place: Path, tmp_path: Path, capsys) -> None:

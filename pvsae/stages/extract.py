@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pvsae.errors import UserError
 from pvsae.runs import RunDir
 from pvsae.stages.inputs import (
     Setup,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from pvsae.judges.base import Judge
     from pvsae.models import ChatModel
     from pvsae.traits import TraitArtifacts
-    from pvsae.vectors import PersonaVectors, Rollouts
+    from pvsae.vectors import EmptyFilter, PersonaVectors, Rollouts
 
 N_EXAMPLES = 2  # answers a polarity and trait that the report shows
 
@@ -76,11 +75,11 @@ def run(
         model, judge: to use instead of loading those that the config names.
 
     Raises:
-        UserError: bad options or inputs, a server that does not answer, activations that are not finite, or traits of which
-            no pair of answers passed the filter (raised at the end, when all other traits are done and saved).
+        EmptyFilter: there are traits of which no pair of answers passed the filter. Raised at the end, when all other traits
+            are done and saved, with table and summary.
+        UserError: bad options or inputs, a server that does not answer, activations that are not finite.
     """
-    from pvsae.vectors import PersonaVectors
-    from pvsae.vectors.extraction import extract
+    from pvsae.vectors import EmptyFilter, PersonaVectors, extract
 
     folder = open_run(run_dir, "extract", config)
     model = model or open_model(config)
@@ -90,7 +89,7 @@ def run(
     answerer = model if config.rollouts_url is None else _server(config, folder)
     vectors: dict[str, PersonaVectors] = {}
     rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
-    empty: dict[str, UserError] = {}
+    empty: dict[str, EmptyFilter] = {}
     for artifacts in traits:
         pos, neg = (_rollouts(config, folder, artifacts, polarity, model, answerer, judge) for polarity in ("pos", "neg"))
         rollouts[artifacts.name] = pos, neg
@@ -101,9 +100,7 @@ def run(
                     made = extract(model, pos, neg, threshold=config.threshold, seed=config.seed, progress=label)
                     made.save(step.folder / "vectors.safetensors")
             vectors[artifacts.name] = PersonaVectors.load(folder.path / step.name / "vectors.safetensors")
-        except UserError as error:
-            if "passes the filter" not in error.what:
-                raise
+        except EmptyFilter as error:
             empty[artifacts.name] = error
     if not vectors:
         raise next(iter(empty.values()))
@@ -114,7 +111,7 @@ def run(
     folder.result(_summary(table, blocks, rollouts, model, judge, empty))
     if empty:
         first = next(iter(empty.values()))
-        raise UserError(f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix)
+        raise EmptyFilter(f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix)
     return ExtractResult(vectors, table, blocks, folder.path)
 
 
@@ -232,7 +229,7 @@ def _summary(
     rollouts: dict[str, tuple[Rollouts, Rollouts]],
     model: ChatModel,
     judge: Judge,
-    empty: dict[str, UserError],
+    empty: dict[str, EmptyFilter],
 ) -> dict[str, Any]:
     prompts, examples = [], []
     for name, (pos, neg) in rollouts.items():

@@ -7,12 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from byte_judge import BlindJudge
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.traits import load_trait, save_trait
-from pvsae.vectors import PersonaVectors, Rollouts
+from pvsae.vectors import EmptyFilter, PersonaVectors, Rollouts
 from tests.fake_server import FakeServer, RunsModel
 
 SMALL = {"max_new_tokens": 6, "n_samples": 6, "max_questions": 4, "max_instructions": 2, "seed": 3}
@@ -58,8 +59,29 @@ def test_failed_scores_are_counted_and_shown(tmp_path, tiny_models, stage_librar
 
 
 def test_when_no_pair_passes_the_filter_the_counts_are_said(tmp_path, tiny_models, stage_library, byte_judge) -> None:
-    with pytest.raises(UserError, match=r"no pair of 'gloomy' rollouts passes the filter.*pos_trait_low"):
+    with pytest.raises(EmptyFilter, match=r"no pair of 'gloomy' rollouts passes the filter.*pos_trait_low"):
         extract.run(config(stage_library, threshold=101.0), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+
+
+def test_a_trait_without_a_vector_does_not_take_the_others_with_it(tmp_path, tiny_models, stage_library) -> None:
+    with pytest.raises(EmptyFilter, match=r"no vector for gloomy; the other traits are done.*pos_trait_low"):
+        extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=BlindJudge("gloomy"))
+    table = pd.read_csv(tmp_path / "run" / "tables" / "extraction.csv").set_index("trait")
+    assert table.loc["gloomy", "kept"] == 0 < table.loc["chatty", "kept"]
+    assert table.loc["gloomy", "dropped_pos_trait_low"] == table.loc["gloomy", "pairs"]
+    PersonaVectors.load(tmp_path / "run" / "chatty" / "vectors" / "vectors.safetensors")
+    assert any("'gloomy' rollouts" in f["what"] for f in read_json(tmp_path / "run" / "result.json")["failures"])
+
+
+def test_other_errors_are_not_taken_for_an_empty_filter(tmp_path, tiny_models, stage_library, byte_judge, monkeypatch) -> None:
+    def broken(*_, **__):
+        raise UserError("nothing that passes the filter is finite")
+
+    monkeypatch.setattr("pvsae.vectors.extract", broken)
+    with pytest.raises(UserError, match="is finite") as caught:
+        extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    assert not isinstance(caught.value, EmptyFilter)
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_texts_that_changed_under_a_run_are_refused(tmp_path, tiny_models, stage_library, byte_judge) -> None:
