@@ -3,9 +3,9 @@
 Knows: the sweep (blocks, strengths), its controls, how rows of one condition become one row of the table.
 Does not know: what an addition does to the model (models/), how answers are scored (judges/).
 
-Controls, always: no steering; a random direction of the same length (several draws); the same vector with the sign flipped;
-and the system prompts alone, without a vector. A row's sampling noise depends on question and sample only, so conditions
-differ by what was done to the model and not by luck.
+Controls, always: no steering; a random direction of the same length (several draws), in the multi-layer form at every block;
+the same vector with the sign flipped; and the system prompts alone, without a vector. A row's sampling noise depends on
+question and sample only, so conditions differ by what was done to the model and not by luck.
 """
 
 from __future__ import annotations
@@ -133,6 +133,20 @@ def random_like(matrix: Float[Tensor, "n_blocks d_model"], seed: int) -> Float[T
     return matrix.norm(dim=1, keepdim=True) * (direction / direction.norm())
 
 
+def turned_at_random(matrix: Float[Tensor, "n_blocks d_model"], seed: int) -> Float[Tensor, "n_blocks d_model"]:
+    """The vectors of all blocks turned by one random rotation: the control of the multi-layer form.
+
+    A rotation keeps every length and angle among them. So what is added at each block has the norm of that block's own
+    increment, and what has been added up to a block has the length of the vector there; only where they point is random. (Were
+    the lengths alone matched, as `random_like` does, the increments would be the small differences of lengths.)
+    """
+    within = torch.linalg.qr(matrix.double().T).R  # [k, n_blocks]: the vectors in coordinates of the space that they span
+    generator = torch.Generator().manual_seed(seed)
+    frame, r = torch.linalg.qr(torch.randn(matrix.shape[1], len(within), generator=generator, dtype=torch.float64))
+    frame = frame * r.diagonal().sign()  # else the signs of its columns, [d_model, k], would be a matter of convention
+    return (frame @ within).T.to(matrix.dtype)
+
+
 def additions(
     matrix: Float[Tensor, "n_blocks d_model"], block: int | str, coef: float, positions: str, ref: str
 ) -> tuple[Add, ...]:
@@ -221,7 +235,8 @@ def _conditions(config: SteerConfig, vectors: PersonaVectors, blocks: Sequence[i
             if -coef not in config.coefs:
                 yield Condition("sign flip", config.under, block, -coef, matrix)
         for k in range(config.n_random):
-            control = random_like(matrix, seed=zlib.crc32(f"{config.seed}/{vectors.trait}/{k}".encode()))
+            draw = turned_at_random if config.multi_layer else random_like
+            control = draw(matrix, seed=zlib.crc32(f"{config.seed}/{vectors.trait}/{k}".encode()))
             for coef in config.coefs:
                 yield Condition(f"random {k}", config.under, block, coef, control)
 

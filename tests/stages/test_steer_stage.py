@@ -9,7 +9,7 @@ from byte_judge import ByteJudge
 
 from pvsae.errors import UserError
 from pvsae.stages import ExtractConfig, SteerConfig, extract, steer
-from pvsae.stages.steer import additions, random_like
+from pvsae.stages.steer import ALL_BLOCKS, additions, random_like, turned_at_random
 from pvsae.vectors import PersonaVectors, Rollouts
 
 SMALL = {"max_new_tokens": 6, "max_questions": 4, "seed": 3}
@@ -79,6 +79,21 @@ def test_random_controls_have_the_vectors_length_at_every_block() -> None:
     assert abs(float(torch.cosine_similarity(one[0], other[0], dim=0))) < 0.9
 
 
+@pytest.mark.parametrize("shape", [(5, 16), (6, 4)])
+def test_the_multi_layer_control_adds_at_each_block_as_much_as_the_vector_does(shape: tuple[int, int]) -> None:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[0] + 1)[:, None]
+    matrix = drawn.cumsum(0)
+    control = turned_at_random(matrix, 1)
+    ours, theirs = (
+        torch.stack([add.direction.values for add in additions(m, ALL_BLOCKS, 1.0, "all", "x")]) for m in (control, matrix)
+    )
+    torch.testing.assert_close(ours.norm(dim=1), theirs.norm(dim=1))
+    torch.testing.assert_close(control.norm(dim=1), matrix.norm(dim=1))
+    assert torch.equal(control, turned_at_random(matrix, 1))
+    other = turned_at_random(matrix, 2)
+    assert all(abs(float(torch.cosine_similarity(control[0], m[0], dim=0))) < 0.9 for m in (matrix, other))
+
+
 def test_multi_layer_adds_the_incremental_vectors(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
     model = tiny_models("qwen2")
     setup = config(vectors_run, stage_library, blocks=(), multi_layer=True, n_random=1)
@@ -86,6 +101,11 @@ def test_multi_layer_adds_the_incremental_vectors(tmp_path, tiny_models, stage_l
     assert set(result.table.loc[result.table["condition"] == "vector", "block"]) == {"incremental"}
     meta = Rollouts.load(tmp_path / "run" / "gloomy" / "vector_block-incremental_coef+1" / "rollouts.parquet").meta
     assert [edit["block"] for edit in meta["interventions"]] == list(range(model.n_blocks))
+    control = Rollouts.load(tmp_path / "run" / "gloomy" / "random-0_block-incremental_coef+1" / "rollouts.parquet").meta
+    norms = [[edit["direction"]["norm"] for edit in found["interventions"]] for found in (meta, control)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    shas = [[edit["direction"]["sha256"] for edit in found["interventions"]] for found in (meta, control)]
+    assert not set(shas[0]) & set(shas[1])
 
 
 def test_a_kl_strength_is_calibrated_and_the_controls_get_the_same_length(
