@@ -221,29 +221,42 @@ def require_answers(rollouts: Rollouts) -> Rollouts:
     return rollouts
 
 
-def require_scores(rollouts: Rollouts) -> Rollouts:
-    """The same rollouts, unless the cost limit left answers without a score, or not one answer got a score.
+def require_paid(rollouts: Rollouts) -> Rollouts:
+    """The same rollouts, unless the cost limit left answers without a score.
 
     Raises:
-        UserError: in both cases; the step is then not finished, and goes on with the stored replies when it is started again.
+        UserError: then the step is not finished, and goes on with the stored replies when it is started again.
     """
-    table, trait = rollouts.table, rollouts.trait
-    evidence = [Score.from_json(text) for name in (trait, "coherence") for text in table[f"{name}_score"]]
+    evidence = _scores(rollouts, rollouts.trait) + _scores(rollouts, "coherence")
     unpaid = sum(score.error is not None and MAX_COST_REACHED in score.error for score in evidence)
     if unpaid:
         raise UserError(
             f"the limit of --max-cost was reached: {unpaid} of {len(evidence)} scores are missing",
-            "enough for all scores (pvsae extract --dry-run estimates it)",
+            "enough for all scores (--dry-run estimates it)",
             "run the same command with a higher --max-cost; what was paid for is kept",
         )
-    if len(table) and table[trait].isna().all():
-        reason = Score.from_json(table[f"{trait}_score"].iloc[0]).error or "it gave no number"
+    return rollouts
+
+
+def require_scores(rollouts: Rollouts) -> Rollouts:
+    """The same rollouts, unless the cost limit left answers without a score, or the judge failed at every answer.
+
+    Raises:
+        UserError: in both cases; the step is then not finished. An answer that the judge takes for a refusal has no score, but
+            is judged: all of them may be refusals.
+    """
+    scores = _scores(require_paid(rollouts), rollouts.trait)
+    if scores and not any(score.value is not None or score.refusal for score in scores):
         raise UserError(
-            f"the judge {rollouts.meta.get('judge')} scored none of {len(table)} answers: {reason}",
+            f"the judge {rollouts.meta.get('judge')} scored none of {len(scores)} answers: {scores[0].error or 'no number'}",
             "a judge that answers with numbers from 0 to 100",
             "check --judge and --judge-url, or take another judge",
         )
     return rollouts
+
+
+def _scores(rollouts: Rollouts, metric: str) -> list[Score]:
+    return [Score.from_json(text) for text in rollouts.table[f"{metric}_score"]]
 
 
 def pin_inputs(run: RunDir, traits: Sequence[TraitArtifacts], vectors: Mapping[str, PersonaVectors] | None = None) -> None:

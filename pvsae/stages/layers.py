@@ -22,6 +22,7 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    require_paid,
 )
 from pvsae.vectors.layers import PROXIES, LayerChoice, choose_layer
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
@@ -114,6 +115,7 @@ def _choose(
             pos=pos,
             neg=neg,
             parts=folder.parts(name),
+            accept=require_paid,  # but a cell may be so broken that the judge finds no number in it
             progress=f"{artifacts.name} blocks",
         )
 
