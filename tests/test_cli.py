@@ -155,6 +155,7 @@ def test_a_run_with_other_options_is_refused_with_their_names(place: Path, tmp_p
         monkeypatch.syspath_prepend(entry)
     line = f"extract --model {place}/model --judge bytes --traits evil --library {place}/library --max-new-tokens 3 --n-samples 1"
     out = ["--out", str(tmp_path / "run"), "--max-questions", "4"]
+    assert main([*line.split(), *out, "--judge", "oracle"]) == 2, "a slip, which may be put right under the same folder"
     assert main([*line.split(), *out]) == 0
     assert "evil" in capsys.readouterr().out
     assert main([*line.split(), *out, "--seed", "1"]) == 2

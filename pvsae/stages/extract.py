@@ -81,38 +81,40 @@ def run(
     """
     from pvsae.vectors import EmptyFilter, PersonaVectors, extract
 
-    folder = open_run(run_dir, "extract", config)
-    model = model or open_model(config)
-    traits = open_traits(config, model)
-    pin_inputs(folder, traits)
-    judge = judge or open_judge(config, model, folder)
-    answerer = model if config.rollouts_url is None else _server(config, folder)
-    vectors: dict[str, PersonaVectors] = {}
-    rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
-    empty: dict[str, EmptyFilter] = {}
-    for artifacts in traits:
-        pos, neg = (_rollouts(config, folder, artifacts, polarity, model, answerer, judge) for polarity in ("pos", "neg"))
-        rollouts[artifacts.name] = pos, neg
-        try:
-            with folder.step(f"{artifacts.name}/vectors") as step:
-                if not step.done:
-                    label = f"{artifacts.name} vectors"
-                    made = extract(model, pos, neg, threshold=config.threshold, seed=config.seed, progress=label)
-                    made.save(step.folder / "vectors.safetensors")
-            vectors[artifacts.name] = PersonaVectors.load(folder.path / step.name / "vectors.safetensors")
-        except EmptyFilter as error:
-            empty[artifacts.name] = error
-    if not vectors:
-        raise next(iter(empty.values()))
-    table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name), config.threshold) for name in rollouts])
-    blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
-    folder.table("extraction", table)
-    folder.table("blocks", blocks)
-    folder.result(_summary(table, blocks, rollouts, model, judge, empty))
-    if empty:
-        first = next(iter(empty.values()))
-        raise EmptyFilter(f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix)
-    return ExtractResult(vectors, table, blocks, folder.path)
+    with open_run(run_dir, "extract", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        judge = judge or open_judge(config, model, folder)
+        pin_inputs(folder, traits)
+        answerer = model if config.rollouts_url is None else _server(config, folder)
+        vectors: dict[str, PersonaVectors] = {}
+        rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
+        empty: dict[str, EmptyFilter] = {}
+        for artifacts in traits:
+            pos, neg = (_rollouts(config, folder, artifacts, polarity, model, answerer, judge) for polarity in ("pos", "neg"))
+            rollouts[artifacts.name] = pos, neg
+            try:
+                with folder.step(f"{artifacts.name}/vectors") as step:
+                    if not step.done:
+                        label = f"{artifacts.name} vectors"
+                        made = extract(model, pos, neg, threshold=config.threshold, seed=config.seed, progress=label)
+                        made.save(step.folder / "vectors.safetensors")
+                vectors[artifacts.name] = PersonaVectors.load(folder.path / step.name / "vectors.safetensors")
+            except EmptyFilter as error:
+                empty[artifacts.name] = error
+        if not vectors:
+            raise next(iter(empty.values()))
+        table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name), config.threshold) for name in rollouts])
+        blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
+        folder.table("extraction", table)
+        folder.table("blocks", blocks)
+        folder.result(_summary(table, blocks, rollouts, model, judge, empty))
+        if empty:
+            first = next(iter(empty.values()))
+            raise EmptyFilter(
+                f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix
+            )
+        return ExtractResult(vectors, table, blocks, folder.path)
 
 
 def plan(config: ExtractConfig) -> str:

@@ -7,7 +7,9 @@ Does not know: what a stage does with them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,9 +92,15 @@ class Setup:
         )
 
 
-def open_run(run_dir: RunDir | str | Path, command: str, setup: Setup) -> RunDir:
-    """The run folder of a stage: a path is opened (or resumed) under the setup's identity, a RunDir is taken as it is."""
-    return run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, command, setup.identity(), setup.seed)
+@contextmanager
+def open_run(run_dir: RunDir | str | Path, command: str, setup: Setup) -> Iterator[RunDir]:
+    """The run folder of a stage: a path is opened (or resumed) under the setup's identity, and closed in the end, so that the
+    same process may go on with it after an error; a RunDir is taken, and left, as it is."""
+    if isinstance(run_dir, RunDir):
+        yield run_dir
+        return
+    with RunDir.open(run_dir, command, setup.identity(), setup.seed) as folder:
+        yield folder
 
 
 def open_model(setup: Setup) -> ChatModel:
@@ -149,14 +157,23 @@ def open_traits(setup: Setup, model: ChatModel | None = None) -> list[TraitArtif
     return [load_trait(name, library) for name in names]
 
 
-def open_vectors(path: str | Path, trait: str, model: ChatModel) -> PersonaVectors:
+def open_vectors(path: str | Path, trait: str, model: ChatModel, statistic: str) -> PersonaVectors:
     """A trait's vectors, checked against the model.
+
+    Raises:
+        UserError: as `read_vectors`, or vectors of another shape than the model's.
+    """
+    return read_vectors(path, trait, statistic).check_model(model)
+
+
+def read_vectors(path: str | Path, trait: str, statistic: str) -> PersonaVectors:
+    """A trait's vectors, which must hold the statistic.
 
     Args:
         path: the run folder of an extraction, a .safetensors file that it wrote, or an official .pt file.
 
     Raises:
-        UserError: nothing there, another trait, or another shape than the model's.
+        UserError: nothing there, another trait, or no such statistic.
     """
     from pvsae.vectors import PersonaVectors, read_official
 
@@ -181,7 +198,8 @@ def open_vectors(path: str | Path, trait: str, model: ChatModel) -> PersonaVecto
         )
     if found.trait != trait:
         raise UserError(f"{path} holds vectors of {found.trait!r}", f"vectors of {trait!r}", f"--traits {found.trait}")
-    return found.check_model(model)
+    found.of(statistic)
+    return found
 
 
 def chosen_block(trait: str, model: ChatModel, layers: str | Path | None) -> int:
@@ -259,11 +277,21 @@ def _scores(rollouts: Rollouts, metric: str) -> list[Score]:
     return [Score.from_json(text) for text in rollouts.table[f"{metric}_score"]]
 
 
-def pin_inputs(run: RunDir, traits: Sequence[TraitArtifacts], vectors: Mapping[str, PersonaVectors] | None = None) -> None:
-    """Remember the content of what a run was started with, and refuse to go on with other texts or vectors under the same name.
+def pin_inputs(
+    run: RunDir,
+    traits: Sequence[TraitArtifacts],
+    vectors: Mapping[str, PersonaVectors] | None = None,
+    others: Mapping[str, Any] | None = None,
+) -> None:
+    """Remember the content of what a run was started with, and refuse to go on with other content under the same name.
+
+    To be called when all other checks are passed: a run that stopped at one of them may still be put right.
+
+    Args:
+        others: whatever else was read from files, by what a user would call it; JSON values.
 
     Raises:
-        UserError: a trait's texts or its vectors are not those that the run began with.
+        UserError: a trait's texts, its vectors or something of `others` is not what the run began with.
     """
     now = {f"texts of {t.name}": t.sha256 for t in traits}
     for name, found in (vectors or {}).items():
@@ -271,6 +299,8 @@ def pin_inputs(run: RunDir, traits: Sequence[TraitArtifacts], vectors: Mapping[s
         for statistic in found.statistics:
             digest.update(found.of(statistic).numpy().tobytes())
         now[f"vectors of {name}"] = digest.hexdigest()
+    for name, value in (others or {}).items():
+        now[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     before = run.do_json("inputs", lambda: now)
     changed = [what for what in now if before.get(what) != now[what]]
     if changed:

@@ -75,19 +75,19 @@ def run(
     Raises:
         UserError: bad options, vectors of another trait or shape, a block that does not exist, nothing that could be scored.
     """
-    folder = open_run(run_dir, "layers", config)
-    model = model or open_model(config)
-    traits = open_traits(config, model)
-    check_blocks(config.blocks, model)
-    vectors = {t.name: open_vectors(config.vectors, t.name, model) for t in traits}
-    pin_inputs(folder, traits, vectors)
-    judge = judge or open_judge(config, model, folder)
-    choices = {t.name: _choose(config, folder, model, judge, t, vectors[t.name]) for t in traits}
-    table = pd.concat([_rows(choice) for choice in choices.values()], ignore_index=True)
-    folder.table("layers", table)
-    blocks = {name: choice.block for name, choice in choices.items()}
-    folder.result(_summary(choices, table, judge))
-    return LayersResult(blocks, table, folder.path)
+    with open_run(run_dir, "layers", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        check_blocks(config.blocks, model)
+        vectors = {t.name: open_vectors(config.vectors, t.name, model, config.statistic) for t in traits}
+        judge = judge or open_judge(config, model, folder)
+        pin_inputs(folder, traits, vectors)
+        choices = {t.name: _choose(config, folder, model, judge, t, vectors[t.name]) for t in traits}
+        table = pd.concat([_rows(choice) for choice in choices.values()], ignore_index=True)
+        folder.table("layers", table)
+        blocks = {name: choice.block for name, choice in choices.items()}
+        folder.result(_summary(choices, table, judge))
+        return LayersResult(blocks, table, folder.path)
 
 
 def _choose(

@@ -165,30 +165,33 @@ def run(
     """Steer every trait of the config over the sweep and its controls; a condition is a step, so a killed run goes on.
 
     Raises:
-        UserError: bad options, vectors of another trait or shape, a block that does not exist.
+        UserError: bad options, vectors of another trait or shape, a block that does not exist, a unit that the vectors lack what
+            it takes for; all before anything is generated, except for a "kl" that no strength reaches.
     """
     _check(config)
-    folder = open_run(run_dir, "steer", config)
-    model = model or open_model(config)
-    traits = open_traits(config, model)
-    vectors = {t.name: open_vectors(config.vectors, t.name, model) for t in traits}
-    blocks = {t.name: _blocks(config, t.name, model, vectors[t.name]) for t in traits}
-    pin_inputs(folder, traits, vectors)
-    judge = judge or open_judge(config, model, folder)
-    rows, prompts, examples = [], [], []
-    for artifacts in traits:
-        sweep = _Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])
-        for condition in _conditions(config, vectors[artifacts.name], blocks[artifacts.name]):
-            rollouts, raw = sweep.answers(condition)
-            rows.append(_row(config, artifacts.name, condition, raw, rollouts))
-            first = rollouts.table.iloc[0]
-            examples.append({"label": f"{artifacts.name}, {condition.slug}: {first['question']}", "text": first["answer"]})
-            if condition.name in ("unsteered", "prompt pos"):
-                prompts.append({"label": f"{artifacts.name}, {condition.name}", "text": first["prompt"]})
-    table = pd.DataFrame(rows)
-    folder.table("steering", table)
-    folder.result(_summary(config, table, prompts, examples, judge))
-    return SteerResult(table, folder.path)
+    with open_run(run_dir, "steer", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        vectors = {t.name: open_vectors(config.vectors, t.name, model, config.statistic) for t in traits}
+        blocks = {t.name: _blocks(config, t.name, model, vectors[t.name]) for t in traits}
+        for t in traits:
+            _check_vectors(config, model, vectors[t.name], blocks[t.name])
+        judge = judge or open_judge(config, model, folder)
+        pin_inputs(folder, traits, vectors)
+        rows, prompts, examples = [], [], []
+        for artifacts in traits:
+            sweep = _Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])
+            for condition in _conditions(config, vectors[artifacts.name], blocks[artifacts.name]):
+                rollouts, raw = sweep.answers(condition)
+                rows.append(_row(config, artifacts.name, condition, raw, rollouts))
+                first = rollouts.table.iloc[0]
+                examples.append({"label": f"{artifacts.name}, {condition.slug}: {first['question']}", "text": first["answer"]})
+                if condition.name in ("unsteered", "prompt pos"):
+                    prompts.append({"label": f"{artifacts.name}, {condition.name}", "text": first["prompt"]})
+        table = pd.DataFrame(rows)
+        folder.table("steering", table)
+        folder.result(_summary(config, table, prompts, examples, judge))
+        return SteerResult(table, folder.path)
 
 
 def _check(config: SteerConfig) -> None:
@@ -206,6 +209,25 @@ def _check(config: SteerConfig) -> None:
         raise UserError("both blocks and multi_layer are given", "one of them", "multi_layer steers every block")
     if config.multi_layer and config.unit == "gap" and config.statistic != DEFAULT_STATISTIC:
         raise UserError("the unit 'gap' differs from block to block here", "--unit raw or kl with multi_layer")
+    if config.kl_rows < 1:
+        raise UserError(f"kl_rows is {config.kl_rows}", "at least 1 answer to calibrate on")
+
+
+def _check_vectors(config: SteerConfig, model: ChatModel, vectors: PersonaVectors, blocks: Sequence[int | str]) -> None:
+    """What the sweep would stumble over at its first steered answer, or at the first one of this trait or block."""
+    matrix = _matrix(config, vectors)
+    for block in blocks:
+        edits = additions(matrix, block, 1.0, config.positions, vectors.trait)
+        if not any(edit.direction.norm for edit in edits):
+            raise UserError(
+                f"{config.statistic} of {vectors.trait!r} is zero or missing at block {0 if block == ALL_BLOCKS else block}",
+                "a vector that points somewhere",
+                "another block, statistic or file",
+            )
+        with model.hooks(edits):  # refuses numbers that are not finite
+            pass
+        if config.unit == "gap" and isinstance(block, int):
+            gap_in_raw(vectors, block, config.statistic)
 
 
 def _blocks(config: SteerConfig, trait: str, model: ChatModel, vectors: PersonaVectors) -> tuple[int | str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -131,6 +133,8 @@ def test_a_kl_strength_is_calibrated_and_the_controls_get_the_same_length(
         ({"traits": ("chatty",)}, "no vectors of 'chatty'"),
         ({"traits": ("gloomy", "gloomy")}, "given twice"),
         ({"vectors": "nowhere"}, "no vectors at nowhere"),
+        ({"unit": "kl", "kl_rows": 0}, "kl_rows is 0"),
+        ({"statistic": "median"}, "have no statistic 'median'"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, tiny_models, stage_library, vectors_run, byte_judge, changes, message) -> None:
@@ -139,6 +143,35 @@ def test_bad_options_are_refused(tmp_path, tiny_models, stage_library, vectors_r
     with pytest.raises(UserError, match=message):
         steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
     assert byte_judge.asked == 0
+
+
+def official(path: Path, rows: torch.Tensor) -> Path:
+    torch.save(rows, path)
+    return path
+
+
+ROWS = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))  # of a model with 4 blocks; the last row is no block's
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (ROWS, {"unit": "gap"}, "'gap' needs 'response_avg_diff'"),
+        (ROWS, {"unit": "gap", "multi_layer": True, "blocks": ()}, "'gap' differs from block to block"),
+        (ROWS * (torch.arange(5) != 2)[:, None], {"unit": "kl"}, "zero or missing at block 1"),
+        (ROWS * 0, {"multi_layer": True, "blocks": ()}, "zero or missing at block 0"),
+    ],
+)
+def test_what_the_vectors_cannot_do_is_said_before_anything_is_generated(
+    tmp_path, tiny_models, stage_library, byte_judge, rows, changes, message
+) -> None:
+    """A file of the released code holds one statistic and no last block."""
+    file = official(tmp_path / "gloomy_prompt_avg_diff.pt", rows)
+    setup = config(file, stage_library, statistic="prompt_avg_diff", **changes)
+    with pytest.raises(UserError, match=message):
+        steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    assert byte_judge.asked == 0
+    assert not (tmp_path / "run" / "manifest.json").exists(), "the options may still be put right under this folder"
 
 
 def test_vectors_of_another_width_are_refused(tmp_path, tiny_models, stage_library, byte_judge) -> None:
