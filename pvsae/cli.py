@@ -39,9 +39,7 @@ def _stage(name: str, config_class: str, shown: Callable[[Any], pd.DataFrame]) -
         _LAST.append(out)
         config = kind(**options)
         if getattr(args, "dry_run", False):
-            from pvsae.stages.extract import plan
-
-            print(plan(config))
+            print(getattr(stages, name).plan(config))
             return
         from pvsae.reports import write_report
         from pvsae.vectors import EmptyFilter
@@ -154,6 +152,9 @@ def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool) -> None:
     group.add_argument("--judge-cache", metavar="FILE", help="SQLite file of the judge's replies (default: in the run folder)")
     group.add_argument("--judge-price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens in and out")
     group.add_argument("--max-cost", type=float, metavar="USD", help="ask the judge for no more than this (needs --judge-price)")
+    group.add_argument(
+        "--dry-run", action="store_true", help="say how much would be generated, judged and paid at most, and stop"
+    )
     group = parser.add_argument_group("how answers are made")
     group.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="longest answer (default: what the model's folder says, or 1000)"
@@ -250,11 +251,11 @@ def build_parser() -> argparse.ArgumentParser:
     extract.add_argument("--max-instructions", type=int, metavar="N", help="use only the first N pairs of instructions")
     extract.add_argument("--rollouts-url", metavar="URL", help="let an OpenAI-compatible server with the same model answer")
     extract.add_argument("--rollouts-model", metavar="NAME", help="the model's name there (default: that of --model)")
-    extract.add_argument("--dry-run", action="store_true", help="say how much would be generated and judged, and stop")
 
     layers = add(
         commands, "layers", _layers, "choose the block to steer at, by trying",
-        "  pvsae layers runs/vectors --out runs/layers\n  pvsae layers runs/vectors --blocks 1 2 3 --coefs 1 2 --traits evil",
+        "  pvsae layers runs/vectors --out runs/layers\n  pvsae layers runs/vectors --blocks 1 2 3 --coefs 1 2 --traits evil\n"
+        "  pvsae layers runs/vectors --judge openai:gpt-4.1-mini --judge-price 0.4 1.6 --dry-run      what would it cost?",
     )  # fmt: skip
     _add_setup(layers, vectors=True)
     _add_place(layers)

@@ -192,6 +192,26 @@ def test_dry_run_counts_and_touches_nothing(place: Path, tmp_path: Path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "answers"),
+    [
+        ("layers", 20 * (1 + 4 * 3)),  # four blocks, three strengths, and once without steering
+        ("steer", 20 * (3 + (2 + 2) * 5)),  # three prompts; vector, flip and two random directions at five strengths
+        ("monitor", 20 * 8),  # eight prompts, and no examples beside a vector file for more
+    ],
+)
+def test_dry_run_of_the_other_stages_loads_no_model(place: Path, tmp_path: Path, capsys, monkeypatch, stage, answers) -> None:
+    monkeypatch.setattr("pvsae.models.load", None)
+    line = f"{stage} {place}/good.safetensors --model {place}/model --judge openai:m --judge-price 1 2 --traits evil --dry-run"
+    assert main([*line.split(), "--library", str(place / "library"), "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert f"evil: {answers} answers of at most 1000 tokens" in text
+    assert f"openai:m: {2 * answers} scores" in text
+    assert "dollars" in text
+    assert not (tmp_path / "run").exists()
+    assert main([*line.replace("good", "gone").split(), "--library", str(place / "library")]) == 2
+
+
 def test_traits_are_listed_and_shown(place: Path, capsys) -> None:
     assert main(["traits", "list"]) == 0
     assert "evil" in capsys.readouterr().out

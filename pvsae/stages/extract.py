@@ -17,7 +17,6 @@ import pandas as pd
 from pvsae.runs import RunDir
 from pvsae.stages.inputs import (
     Setup,
-    folder_of,
     open_judge,
     open_model,
     open_run,
@@ -26,6 +25,7 @@ from pvsae.stages.inputs import (
     require_answers,
     require_scores,
 )
+from pvsae.stages.plan import Plan, plan_answers
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -117,39 +117,14 @@ def run(
         return ExtractResult(vectors, table, blocks, folder.path)
 
 
-def plan(config: ExtractConfig) -> str:
-    """What a run would generate and judge, in a few lines; loads no model and asks nobody.
-
-    Tokens are an upper bound: every answer as long as it may be, three characters a token.
-    """
-    from pvsae.judges import COHERENCE
+def plan(config: ExtractConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody."""
     from pvsae.vectors.rollouts import plan_rollouts
 
-    _, defaults = folder_of(config, None)
-    longest = config.longest_answer(defaults)
-    lines, calls, tokens = [], 0, 0.0
-    for artifacts in open_traits(config):
-        rows = [
-            task
-            for polarity in ("pos", "neg")
-            for task in plan_rollouts(
-                artifacts,
-                polarity,
-                n_samples=config.n_samples,
-                max_questions=config.max_questions,
-                max_instructions=config.max_instructions,
-            )
-        ]
-        lines.append(f"{artifacts.name}: {len(rows)} answers of at most {longest} tokens")
-        calls += 2 * len(rows)
-        prompts = len(artifacts.eval_prompt) + len(COHERENCE.prompt)
-        tokens += sum((prompts + 2 * len(task.question)) / 3 + 2 * longest for task in rows)
-    judge = config.judge or defaults.get("judge") or "no judge given"
-    lines.append(f"{judge}: {calls} scores, at most {tokens:,.0f} tokens in and {calls:,} out (more where it splits numbers)")
-    if config.judge_price:
-        into, out = config.judge_price
-        lines.append(f"at most {(tokens * into + calls * out) / 1e6:,.2f} dollars")
-    return "\n".join(lines)
+    asked = {"n_samples": config.n_samples, "max_questions": config.max_questions, "max_instructions": config.max_instructions}
+    return plan_answers(
+        config, [(t, [*plan_rollouts(t, "pos", **asked), *plan_rollouts(t, "neg", **asked)]) for t in open_traits(config)]
+    )
 
 
 def _server(config: ExtractConfig, folder: RunDir) -> Any:

@@ -22,11 +22,13 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    read_vectors,
     require_paid,
 )
-from pvsae.vectors.layers import PROXIES, LayerChoice, choose_layer
+from pvsae.stages.plan import Plan, plan_answers
+from pvsae.vectors.layers import PROXIES, LayerChoice, candidate_blocks, choose_layer
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
-from pvsae.vectors.rollouts import Rollouts
+from pvsae.vectors.rollouts import Rollouts, plan_rollouts
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -88,6 +90,16 @@ def run(
         blocks = {name: choice.block for name, choice in choices.items()}
         folder.result(_summary(choices, table, judge))
         return LayersResult(blocks, table, folder.path)
+
+
+def plan(config: LayersConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody. UserError where the vectors are missing."""
+    parts = []
+    for artifacts in open_traits(config):
+        blocks = config.blocks or candidate_blocks(read_vectors(config.vectors, artifacts.name, config.statistic))
+        cell = plan_rollouts(artifacts, "none", which="eval", n_samples=config.n_samples, max_questions=config.max_questions)
+        parts.append((artifacts, cell * (1 + len(blocks) * len(config.coefs))))  # one cell is without steering
+    return plan_answers(config, parts)
 
 
 def _choose(

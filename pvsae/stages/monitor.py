@@ -30,8 +30,10 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    read_vectors,
     require_scores,
 )
+from pvsae.stages.plan import Plan, plan_answers
 from pvsae.stages.statistics import Estimate, correlation, within_correlation
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
 from pvsae.vectors.rollouts import Rollouts, generate_tasks, judge_rollouts
@@ -136,6 +138,20 @@ def run(
         folder.table("trace", trace)
         folder.result(_summary(table, correlations, blocks, traits, answers, judge, notes))
         return MonitorResult(table, correlations, by_block, trace, folder.path)
+
+
+def plan(config: MonitorConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody. UserError where inputs are missing or broken."""
+    if config.conversation:
+        _read_conversation(config.conversation)
+    notes: list[str] = []
+    parts = []
+    for artifacts in open_traits(config):
+        read_vectors(config.vectors, artifacts.name, config.statistic)
+        parts.append((artifacts, plan_tasks(config, artifacts, notes)))
+    if config.shots:
+        notes.append("many-shot prompts that do not fit the model's context will be left out")
+    return plan_answers(config, parts, notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- points

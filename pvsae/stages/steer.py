@@ -34,8 +34,10 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    read_vectors,
     require_scores,
 )
+from pvsae.stages.plan import Plan, plan_answers
 from pvsae.stages.statistics import mean_ci
 from pvsae.stages.strength import UNITS, calibrate, gap_in_raw, mean_kl
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
@@ -194,6 +196,23 @@ def run(
         return SteerResult(table, folder.path)
 
 
+def plan(config: SteerConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody. UserError where options or vectors are wrong."""
+    _check(config)
+    parts = []
+    for artifacts in open_traits(config):
+        vectors = read_vectors(config.vectors, artifacts.name, config.statistic)
+        chosen = (0,)  # a block that only the model or a `pvsae layers` run knows; which one changes no count
+        blocks = (ALL_BLOCKS,) if config.multi_layer else tuple(dict.fromkeys(config.blocks)) or chosen
+        conditions = _conditions(config, vectors, blocks)
+        parts.append((artifacts, [task for c in conditions for task in _tasks(config, artifacts, c)]))
+    return plan_answers(config, parts)
+
+
+def _tasks(config: SteerConfig, artifacts: TraitArtifacts, condition: Condition) -> list[Task]:
+    return tasks_under(artifacts, condition.system, config.n_samples, config.max_questions)
+
+
 def _check(config: SteerConfig) -> None:
     if config.unit not in UNITS:
         raise UserError(f"unknown unit {config.unit!r}", f"one of {', '.join(UNITS)}")
@@ -291,7 +310,7 @@ class _Sweep:
             )
             answers = generate_tasks(
                 self.model,
-                tasks_under(self.artifacts, condition.system, self.config.n_samples, self.config.max_questions),
+                _tasks(self.config, self.artifacts, condition),
                 {"trait": self.artifacts.name, "condition": condition.name},
                 sampling=self.config.sampling(self.model),
                 interventions=edits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +28,9 @@ def test_a_run_holds_vectors_answers_tables_and_a_summary(tmp_path, tiny_models,
     model = tiny_models("qwen2")
     result = extract.run(config(stage_library), tmp_path / "run", model=model, judge=byte_judge)
     assert list(result.vectors) == ["gloomy", "chatty"]
+    plan = extract.plan(replace(config(stage_library), model="organism"))
+    assert plan.answers == {trait: 2 * n for trait, n in zip(result.table["trait"], result.table["pairs"], strict=True)}
+    assert plan.scores == byte_judge.asked
     stored = PersonaVectors.load(tmp_path / "run" / "gloomy" / "vectors" / "vectors.safetensors")
     assert stored.of("response_avg_diff").shape == (model.n_blocks, model.d_model)
     row = result.table.set_index("trait").loc["gloomy"]

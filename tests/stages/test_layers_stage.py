@@ -31,8 +31,12 @@ def config(vectors_run, stage_library, **changes) -> LayersConfig:
 
 
 def test_the_choice_is_the_best_cell_and_later_stages_find_it(tmp_path, tiny_models, stage_library, vectors_run) -> None:
-    model = tiny_models("qwen2")
-    result = layers.run(config(vectors_run, stage_library), tmp_path / "run", model=model, judge=ByteJudge())
+    model, judge, setup = tiny_models("qwen2"), ByteJudge(), config(vectors_run, stage_library)
+    result = layers.run(setup, tmp_path / "run", model=model, judge=judge)
+    plan = layers.plan(replace(setup, model="organism"))
+    assert plan.answers == {trait: 4 + part["n"].sum() for trait, part in result.table.groupby("trait")}
+    assert plan.scores == judge.asked == 2 * 2 * 4 * (1 + 3 * 2)
+    assert layers.plan(replace(setup, model="organism", blocks=())).scores == 2 * 2 * 4 * (1 + 4 * 2), "every block has a vector"
     assert list(result.blocks) == ["chatty", "gloomy"]
     for trait, part in result.table.groupby("trait"):
         assert len(part) == 3 * 2

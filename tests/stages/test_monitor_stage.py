@@ -86,6 +86,13 @@ def test_correlations_come_overall_within_and_for_each_prompt(result) -> None:
     assert result.by_block.set_index(["trait", "block"]).loc[("gloomy", 2), "r_overall"] == pytest.approx(expected)
 
 
+def test_the_plan_counts_the_answers_of_the_run(result, stage_library, vectors_run) -> None:
+    plan = monitor.plan(replace(config(vectors_run, stage_library), model="organism"))
+    stored = {t: len(Rollouts.load(result.path / t / "answers" / "rollouts.parquet")) for t in ("chatty", "gloomy")}
+    assert plan.answers == stored == {"chatty": 2 * 4 * 11, "gloomy": 2 * 4 * 11}
+    assert any("[20] shots" in note for note in plan.notes)
+
+
 def test_prompts_that_could_not_be_made_are_said(result) -> None:
     notes = read_json(result.path / "result.json")["notes"]
     assert any("[20] shots" in note for note in notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +32,8 @@ def config(vectors_run, stage_library, **changes) -> SteerConfig:
 
 
 def test_every_control_stands_in_the_same_table(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
-    result = steer.run(config(vectors_run, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    setup = config(vectors_run, stage_library)
+    result = steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
     rows = [(r.condition, str(r.block), r.coef) for r in result.table.itertuples()]
     assert rows == [
         ("unsteered", "-", 0.0), ("prompt pos", "-", 0.0), ("prompt neg", "-", 0.0),
@@ -39,6 +41,8 @@ def test_every_control_stands_in_the_same_table(tmp_path, tiny_models, stage_lib
         ("random 0", "1", 1.0), ("random 0", "1", 2.0), ("random 1", "1", 1.0), ("random 1", "1", 2.0),
     ]  # fmt: skip
     assert set(result.table["n"]) == {4 * 2}
+    assert steer.plan(replace(setup, model="organism")).answers == {"gloomy": result.table["n"].sum()}
+    assert steer.plan(replace(setup, model="organism")).scores == byte_judge.asked
     stored = pd.read_csv(tmp_path / "run" / "tables" / "steering.csv")
     pd.testing.assert_series_equal(stored["trait_score"], result.table["trait_score"])
     pos = Rollouts.load(tmp_path / "run" / "gloomy" / "prompt-pos" / "rollouts.parquet").table
@@ -101,6 +105,7 @@ def test_multi_layer_adds_the_incremental_vectors(tmp_path, tiny_models, stage_l
     setup = config(vectors_run, stage_library, blocks=(), multi_layer=True, n_random=1)
     result = steer.run(setup, tmp_path / "run", model=model, judge=byte_judge)
     assert set(result.table.loc[result.table["condition"] == "vector", "block"]) == {"incremental"}
+    assert steer.plan(replace(setup, model="organism")).answers == {"gloomy": result.table["n"].sum()}
     meta = Rollouts.load(tmp_path / "run" / "gloomy" / "vector_block-incremental_coef+1" / "rollouts.parquet").meta
     assert [edit["block"] for edit in meta["interventions"]] == list(range(model.n_blocks))
     control = Rollouts.load(tmp_path / "run" / "gloomy" / "random-0_block-incremental_coef+1" / "rollouts.parquet").meta
