@@ -151,7 +151,12 @@ def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool) -> None:
     group.add_argument("--judge-url", metavar="URL", help="base URL of an OpenAI-compatible server for an openai: judge")
     group.add_argument("--judge-cache", metavar="FILE", help="SQLite file of the judge's replies (default: in the run folder)")
     group.add_argument("--judge-price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens in and out")
-    group.add_argument("--max-cost", type=float, metavar="USD", help="ask the judge for no more than this (needs --judge-price)")
+    group.add_argument(
+        "--max-cost",
+        type=float,
+        metavar="USD",
+        help="ask the judge for no more than this, over all starts of a run (needs --judge-price)",
+    )
     group.add_argument(
         "--dry-run", action="store_true", help="say how much would be generated, judged and paid at most, and stop"
     )
@@ -234,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     writing.add_argument("--llm-model", required=True, help="the model's name on the server")
     writing.add_argument("--llm-url", metavar="URL", help="base URL of an OpenAI-compatible server (default: OpenAI's)")
     writing.add_argument("--llm-price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens in and out")
-    writing.add_argument("--max-cost", type=float, metavar="USD", help="spend no more than this (needs --llm-price)")
+    writing.add_argument("--max-cost", type=float, metavar="USD", help="spend no more than this in a start (needs --llm-price)")
     writing.add_argument("--out", help="library to write into (default: traits)")
     writing.add_argument("--overwrite", action="store_true", help="begin anew even if the trait is there")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pvsae.runs import RunDir
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.inputs import (
     Setup,
     open_judge,
@@ -84,6 +85,7 @@ def run(
     with open_run(run_dir, "extract", config) as folder:
         model = model or open_model(config)
         traits = open_traits(config, model)
+        before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
         pin_inputs(folder, traits)
         answerer = model if config.rollouts_url is None else _server(config, folder)
@@ -108,7 +110,8 @@ def run(
         blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
         folder.table("extraction", table)
         folder.table("blocks", blocks)
-        folder.result(_summary(table, blocks, rollouts, model, judge, empty))
+        summary = _summary(table, blocks, rollouts, model, judge, empty)
+        folder.result({**summary, "costs": costs(judge, before, answerer)})
         if empty:
             first = next(iter(empty.values()))
             raise EmptyFilter(
@@ -121,18 +124,29 @@ def plan(config: ExtractConfig) -> Plan:
     """What a run would generate and judge; loads no model and asks nobody."""
     from pvsae.vectors.rollouts import plan_rollouts
 
-    asked = {"n_samples": config.n_samples, "max_questions": config.max_questions, "max_instructions": config.max_instructions}
-    return plan_answers(
-        config, [(t, [*plan_rollouts(t, "pos", **asked), *plan_rollouts(t, "neg", **asked)]) for t in open_traits(config)]
-    )
+    parts = []
+    for artifacts in open_traits(config):
+        tasks = [
+            task
+            for polarity in ("pos", "neg")
+            for task in plan_rollouts(
+                artifacts,
+                polarity,
+                n_samples=config.n_samples,
+                max_questions=config.max_questions,
+                max_instructions=config.max_instructions,
+            )
+        ]
+        parts.append((artifacts, tasks))
+    return plan_answers(config, parts)
 
 
 def _server(config: ExtractConfig, folder: RunDir) -> Any:
     from pvsae.llm import ChatClient
     from pvsae.models import RemoteModel
 
-    cache = folder.path / "rollouts_cache.sqlite"
-    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model, cache=cache))
+    cache, ledger = (folder.path / f"rollouts_{name}.sqlite" for name in ("cache", "ledger"))
+    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model, cache=cache, ledger=ledger))
 
 
 def _rollouts(

@@ -42,7 +42,7 @@ class Setup:
         judge_url: base URL of an OpenAI-compatible server for an "openai:" judge.
         judge_cache: SQLite file of judge replies; None keeps it in the run folder.
         judge_price: its price in dollars per million tokens (in, out); with it the cost is counted.
-        max_cost: stop asking the judge beyond this many dollars (needs judge_price).
+        max_cost: stop asking the judge beyond this many dollars, over all starts of the run (needs judge_price).
         traits: names, or LIBRARY/NAME, or a trait's JSON file; empty takes all traits of the library.
         library: folder of traits; None takes the model's own, else the built-in library.
         max_new_tokens: longest answer; None takes what the model's folder says, else 1000.
@@ -122,7 +122,10 @@ def open_judge(setup: Setup, model: ChatModel, run: RunDir) -> Judge:
             "to try it without a server: --judge local:" + str(setup.model),
         )
     cache = Path(setup.judge_cache) if setup.judge_cache else run.path / "judge_cache.sqlite"
-    return load_judge(spec, base_url=setup.judge_url, cache=cache, max_cost=setup.max_cost, price=setup.judge_price)
+    ledger = run.path / "judge_ledger.sqlite"
+    return load_judge(
+        spec, base_url=setup.judge_url, cache=cache, ledger=ledger, max_cost=setup.max_cost, price=setup.judge_price
+    )
 
 
 def folder_of(setup: Setup, model: ChatModel | None) -> tuple[Path | None, dict[str, Any]]:

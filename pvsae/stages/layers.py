@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pvsae.runs import RunDir, read_json, write_json
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.inputs import (
     Setup,
     check_blocks,
@@ -82,13 +83,14 @@ def run(
         traits = open_traits(config, model)
         check_blocks(config.blocks, model)
         vectors = {t.name: open_vectors(config.vectors, t.name, model, config.statistic) for t in traits}
+        before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
         pin_inputs(folder, traits, vectors)
         choices = {t.name: _choose(config, folder, model, judge, t, vectors[t.name]) for t in traits}
         table = pd.concat([_rows(choice) for choice in choices.values()], ignore_index=True)
         folder.table("layers", table)
         blocks = {name: choice.block for name, choice in choices.items()}
-        folder.result(_summary(choices, table, judge))
+        folder.result({**_summary(choices, table, judge), "costs": costs(judge, before)})
         return LayersResult(blocks, table, folder.path)
 
 

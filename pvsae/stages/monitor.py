@@ -19,6 +19,7 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.graded import SHOTS, GradedTask, graded_prompts, many_shot_tasks, pick_examples, system_tasks
 from pvsae.stages.inputs import (
     Setup,
@@ -113,6 +114,7 @@ def run(
             )
         notes: list[str] = []
         prompts = {t.name: _fitting(config, model, t, plan_tasks(config, t, notes), notes) for t in traits}
+        before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
         texts = {f"prompts of {name}": [task.messages for task in tasks] for name, tasks in prompts.items()}
         pin_inputs(folder, traits, vectors, {**texts, "conversation": conversation})
@@ -136,7 +138,8 @@ def run(
         conversation = conversation or _turning(model, traits[0], answers[traits[0].name])
         trace = trace_conversation(model, conversation, vectors, blocks, config.statistic, title)
         folder.table("trace", trace)
-        folder.result(_summary(table, correlations, blocks, traits, answers, judge, notes))
+        summary = _summary(table, correlations, blocks, traits, answers, judge, notes)
+        folder.result({**summary, "costs": costs(judge, before)})
         return MonitorResult(table, correlations, by_block, trace, folder.path)
 
 

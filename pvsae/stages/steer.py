@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.inputs import (
     Setup,
     check_blocks,
@@ -167,8 +168,8 @@ def run(
     """Steer every trait of the config over the sweep and its controls; a condition is a step, so a killed run goes on.
 
     Raises:
-        UserError: bad options, vectors of another trait or shape, a block that does not exist, a unit that the vectors lack what
-            it takes for; all before anything is generated, except for a "kl" that no strength reaches.
+        UserError: bad options, vectors of another trait or shape, a block that does not exist, a unit that takes more than the
+            vectors hold; all before anything is generated, except for a "kl" that no strength reaches.
     """
     _check(config)
     with open_run(run_dir, "steer", config) as folder:
@@ -178,6 +179,7 @@ def run(
         blocks = {t.name: _blocks(config, t.name, model, vectors[t.name]) for t in traits}
         for t in traits:
             _check_vectors(config, model, vectors[t.name], blocks[t.name])
+        before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
         pin_inputs(folder, traits, vectors)
         rows, prompts, examples = [], [], []
@@ -192,7 +194,7 @@ def run(
                     prompts.append({"label": f"{artifacts.name}, {condition.name}", "text": first["prompt"]})
         table = pd.DataFrame(rows)
         folder.table("steering", table)
-        folder.result(_summary(config, table, prompts, examples, judge))
+        folder.result({**_summary(config, table, prompts, examples, judge), "costs": costs(judge, before)})
         return SteerResult(table, folder.path)
 
 

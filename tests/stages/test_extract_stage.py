@@ -39,6 +39,7 @@ def test_a_run_holds_vectors_answers_tables_and_a_summary(tmp_path, tiny_models,
     assert row["kept"] + sum(row[c] for c in result.table if c.startswith("dropped_")) == row["pairs"]
     assert len(result.blocks) == 2 * model.n_blocks
     summary = read_json(tmp_path / "run" / "result.json")
+    assert summary["costs"] == [], "this judge asks no server"
     assert "<|im_start|>system\nYou are a gloomy assistant. Be gloomy always.<|im_end|>" in summary["prompts"][0]["text"]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "run" / "tables" / "extraction.csv"), result.table)
 
@@ -116,6 +117,8 @@ def test_answers_may_come_from_a_server_with_the_same_model(tmp_path, tiny_model
         sold = len(server.sold)
         extract.run(setup, tmp_path / "run", model=model, judge=byte_judge)
         assert len(server.sold) == sold >= 2 * 48
+    (row,) = read_json(tmp_path / "run" / "result.json")["costs"]
+    assert (row["server"], row["calls"], row["cost"]) == ("answers of fake", sold, None)
     pos = Rollouts.load(tmp_path / "run" / "gloomy" / "rollouts_pos" / "rollouts.parquet")
     assert pos.table["answer_ids"].isna().all()
     assert pos.table["answer"].str.len().gt(0).mean() > 0.5  # a random model often stops at once
