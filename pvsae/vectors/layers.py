@@ -9,7 +9,7 @@ Does not know: how text is generated, hooked or scored; strength units other tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +124,7 @@ def choose_layer(
     pos: Rollouts | None = None,
     neg: Rollouts | None = None,
     parts: str | Path | None = None,
+    accept: Callable[[Rollouts], Rollouts] = lambda judged: judged,
     progress: str | None = None,
 ) -> LayerChoice:
     """Steer at every candidate block with every strength on questions without a system prompt, and choose by what comes out.
@@ -134,6 +135,7 @@ def choose_layer(
         floor: least mean coherence of a choice, 0-100.
         pos, neg: the judged rollouts of the vectors; with them the proxies separation and logit_difference are computed as well.
         parts: folder for finished work; a killed sweep goes on from there.
+        accept: gives back the judged answers of a cell, or raises where nothing should be chosen from them.
 
     Raises:
         UserError: vectors of another model's shape, a block that does not exist, no candidate, nothing scored.
@@ -151,7 +153,7 @@ def choose_layer(
             model, artifacts, "none", which=which, n_samples=n_samples, sampling=sampling, interventions=interventions,
             max_questions=max_questions, batch_size=batch_size, parts=folder and folder / "rollouts",
         )  # fmt: skip
-        return judge_rollouts(rollouts, judge, artifacts, parts=folder and folder / "scores").means()
+        return accept(judge_rollouts(rollouts, judge, artifacts, parts=folder and folder / "scores")).means()
 
     cells = [(b, float(c)) for b in blocks for c in coefs]
     rows = []
