@@ -3,8 +3,9 @@
 Knows: how SAELens and dictionary_learning are installed beside us, and which of their calls is one optimiser step.
 Does not know: what is measured.
 
-SAELens comes with the extra `sae`. dictionary_learning is installed at first use into a folder of its own, without its dependencies
-(an interpretability stack that its trainers do not use), so that it cannot change the versions that everything else runs with.
+SAELens comes with the extra `sae`. dictionary_learning is installed at first use into a folder of its own, without its
+dependencies (an interpretability stack that its trainers do not use), so that it cannot change the versions that everything else
+runs with.
 """
 
 from __future__ import annotations
