@@ -109,7 +109,7 @@ def test_the_page_shows_what_servers_were_asked(tmp_path) -> None:
         with RunDir.open(tmp_path / name / "steer", "steer", {"model": "m"}) as run:
             run.result({"title": "Steering", **({} if rows is None else {"costs": rows})})
         said[name] = " ".join(Page(write_report(tmp_path / name).read_text()).text.split())
-    assert "judge <openai:m>12,345610780.1235" in said["paid"]
+    assert "".join(("judge <openai:m>", "12,345", "6", "1", "0", "7", "8", "0.1235")) in said["paid"]
     assert "no price given" in said["paid"]
     assert [("No server was asked" in said[name]) for name in said] == [False, True, False]
     assert [("What servers were asked" in said[name]) for name in said] == [True, False, False]
