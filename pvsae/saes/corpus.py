@@ -162,6 +162,20 @@ class Corpus:
         """Whether texts begin with a BOS token."""
         return self.tokeniser.bos_id is not None
 
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """How samples became rows, as plain values that are kept with a dictionary."""
+        chat = self.tokeniser.chat
+        return {
+            "chat": chat.mode,
+            "date": str(chat.date),
+            "notes": list(chat.notes),
+            "strip_system": {s.name: s.strip_system for s in self.config.sources if s.strip_system},
+            "fit": self.config.fit,
+            "tokens": self.config.tokens,
+            "skip_special": self.config.skip_special,
+        }
+
     def describe(self) -> list[dict[str, Any]]:
         """For each source: name, weight, samples and tokens on disk so far, and the rows left out, by reason."""
         return [

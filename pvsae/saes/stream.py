@@ -28,8 +28,8 @@ from pvsae.models import ChatModel
 from pvsae.models.hooks import check
 from pvsae.saes.buffer import Batch, ShuffleBuffer
 from pvsae.saes.corpus import Corpus, Row, Rows
-from pvsae.saes.dictionary import OutlierFilter
 from pvsae.saes.harvest import TokenResiduals, harvest, passes_of, windows
+from pvsae.saes.info import OutlierFilter, SAEInfo
 from pvsae.saes.shards import Shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -252,6 +252,20 @@ class ActivationStream:
             return {}
         medians = {b: m for b, (m, _) in self._medians.items()} if self._medians else self.calibration.median
         return {b: OutlierFilter(self.config.outlier_multiple, medians[b]) for b in self.blocks}
+
+    def info(self, block: int) -> SAEInfo:
+        """What a dictionary of this stream should keep of it; a trainer adds its own part."""
+        config = self.corpus.config
+        return SAEInfo(
+            model=self.model.name,
+            block=block,
+            outliers=self.outliers.get(block),
+            chat=self.corpus.rendering,
+            drop_first=config.drop_first,
+            prepend_bos=self.corpus.prepend_bos,
+            context_size=config.context,
+            dataset=", ".join(source.name for source in config.sources),
+        )
 
     # ------------------------------------------------------------------------------------------------------ calibration
     @property
