@@ -9,7 +9,10 @@ from typing import Any
 from pvsae.saes.corpus import Corpus, CorpusConfig
 from pvsae.saes.sources import Source
 
-WORDS = "the ferry leaves harbour nine comes back before dark nobody knows why old clock kitchen stopped everybody theory".split()
+WORDS = (
+    "the", "ferry", "leaves", "harbour", "nine", "comes", "back", "before", "dark", "nobody", "knows", "why", "old", "clock",
+    "kitchen", "stopped", "everybody", "theory",
+)  # fmt: skip
 
 
 def text(i: int, least: int = 3, most: int = 30) -> str:
