@@ -1,0 +1,332 @@
+"""Sources: where samples come from, read row by row, each row a text or a chat.
+
+Knows: JSONL, plain text and Parquet files, Hugging Face datasets (package `datasets`, imported when one is named), their fields,
+roles and content hashes, and how to go on reading in the middle.
+Does not know: tokens, models, mixtures.
+
+A source is looked at before any work: if none of its first rows can be used, that is an error that says why. After that, a bad
+row is a `Bad` with its reason; whoever reads counts it and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from pvsae.errors import UserError
+from pvsae.runs import sha256_of
+
+ROLES = ("system", "user", "assistant")
+ALIASES = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT's files
+TEXT_FIELDS, CHAT_FIELDS = ("text", "content"), ("messages", "conversation", "conversations")
+HEAD = 100  # rows that are looked at before the work starts
+
+Messages = tuple[dict[str, str], ...]
+Value = str | Messages
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that cannot be used, and why, in words that many rows share."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source of texts or chats. Give either `path` or `dataset`.
+
+    Attributes:
+        path: local file or pattern ("data/*.jsonl.gz"): .jsonl, .txt (both also .gz), .parquet; .json, .csv, .arrow and folders
+            that `datasets` saved are read by the package `datasets`.
+        dataset, subset, split, revision: a Hugging Face dataset by name; pin `revision` where the content must not change.
+        streaming: read the dataset over the network as it is needed, in pieces that are tokenised once and kept, in place of
+            downloading it first. Its samples are then shuffled within a piece and not over the whole.
+        kind: "text" or "chat"; None finds out by the fields of the first row.
+        field: the field that holds the text or the messages; None looks for text/content or messages/conversation(s).
+        weight: share of the corpus's samples (not tokens) that comes from here, in relation to the other sources' weights.
+        strip_system: probability with which a chat loses its system prompt, also one that the template writes by itself
+            (the paper's dictionaries: 0.8).
+        roles: names of roles in the file -> "system", "user" or "assistant"; human and gpt are known.
+        separator: what stands between two documents of a .txt file.
+        max_samples: use only the first so many good rows.
+        repeat: start over when the source runs out, so that another one sets the end of the corpus.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    kind: str | None = None
+    field: str | None = None
+    weight: float = 1.0
+    strip_system: float = 0.0
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    separator: str = "\n\n"
+    max_samples: int | None = None
+    repeat: bool = False
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages and progress bars."""
+        return self.dataset or Path(self.path or "?").name
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be right, without opening anything."""
+        if (self.path is None) == (self.dataset is None):
+            raise UserError("a source has to have exactly one of path and dataset", "path: FILE or dataset: NAME")
+        if not 0 < self.weight < float("inf"):
+            raise UserError(f"weight {self.weight} of source {self.name}", "a positive number")
+        if not 0 <= self.strip_system <= 1:
+            raise UserError(f"strip_system {self.strip_system} of source {self.name}", "a probability from 0 to 1")
+        if self.kind not in (None, "text", "chat"):
+            raise UserError(f"kind {self.kind!r} of source {self.name}", '"text", "chat", or nothing to find out')
+        if self.max_samples is not None and self.max_samples < 1:
+            raise UserError(f"max_samples {self.max_samples} of source {self.name}", "at least 1, or nothing for all")
+        if not self.separator:
+            raise UserError(f"an empty separator of source {self.name}", r'text between documents, such as "\n\n"')
+        wrong = sorted(set(self.roles.values()) - set(ROLES))
+        if wrong:
+            raise UserError(f"roles of source {self.name} lead to {', '.join(wrong)}", "one of " + ", ".join(ROLES))
+        if self.streaming and self.dataset is None:
+            raise UserError(
+                f"source {self.name} is a local file with streaming", "streaming for a dataset by name", "leave it out"
+            )
+
+
+class Reader:
+    """An opened source: checked, with its kind and field known. `rows` reads it from a place, `place` says where it stands."""
+
+    def __init__(self, source: Source) -> None:
+        """Opens and checks a source.
+
+        Raises: UserError for a missing or unreadable file or dataset, or where none of the first rows can be used.
+        """
+        source.check()
+        self.source = source
+        self._data: Any = None
+        self._files: list[Path] = []
+        if source.dataset is not None:
+            self._data = _load_dataset(source)
+        else:
+            self._files = _files(source)
+            if self._suffix not in (".jsonl", ".txt", ".parquet"):
+                self._data = _load_local_dataset(self._files, self._suffix, source)
+        self.kind, self.field = self._find_field()
+
+    @property
+    def content(self) -> str:
+        """Hash of what the source holds: of the files' bytes, or of a dataset's name, subset, split, revision and length."""
+        if self._files:
+            parts: list[Any] = [
+                sha256_of(f) for at in self._files for f in (sorted(at.rglob("*")) if at.is_dir() else [at]) if f.is_file()
+            ]
+        else:
+            s = self.source
+            parts = [s.dataset, s.subset, s.split, s.revision, None if s.streaming else len(self._data)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def rows(self, place: Mapping[str, Any] | None = None) -> Iterator[Value | Bad]:
+        """The rows from a place on (that `place` gave), or from the start."""
+        return (row if isinstance(row, Bad) else self._value(row) for row in self._raw(place or {"row": 0}))
+
+    def place(self, row: int) -> dict[str, Any]:
+        """Where reading stands after `row` rows; for a streamed dataset, at the row that `rows` gave last."""
+        return {"row": row, "source": self._data.state_dict()} if self.source.streaming else {"row": row}
+
+    # ------------------------------------------------------------------------------------------------------------- rows
+    @property
+    def _suffix(self) -> str:
+        first = self._files[0]
+        return "" if first.is_dir() else Path(first.name.removesuffix(".gz")).suffix
+
+    def _raw(self, place: Mapping[str, Any]) -> Iterator[Any]:
+        """Rows as mappings (a document of a .txt file as text), or Bad where a line cannot be parsed."""
+        if self.source.streaming:
+            if "source" in place:
+                self._data.load_state_dict(place["source"])
+            return iter(self._data)
+        if self._data is not None:
+            return iter(self._data.select(range(place["row"], len(self._data))) if place["row"] else self._data)
+        how = {".jsonl": _jsonl, ".parquet": _parquet, ".txt": lambda file: _documents(file, self.source.separator)}[self._suffix]
+        return islice((row for file in self._files for row in how(file)), place["row"], None)
+
+    def _find_field(self) -> tuple[str, str]:
+        """Kind and field, and the check of the first rows."""
+        source = self.source
+        head = list(islice(self._raw({"row": 0}), HEAD))
+        kind, name = source.kind, source.field
+        if head and all(isinstance(row, str) for row in head):
+            if kind == "chat":
+                raise UserError(f"chats from the plain text file {source.name}", "a .jsonl file with messages", "set kind: text")
+            kind, name = "text", ""
+        else:
+            rows = [row for row in head if isinstance(row, Mapping)]
+            present = sorted({str(key) for row in rows for key in row})
+            if name is None:
+                known = {"text": TEXT_FIELDS, "chat": CHAT_FIELDS}
+                wanted = known[kind] if kind else CHAT_FIELDS + TEXT_FIELDS
+                name = next((f for f in wanted if f in present), None)
+            if rows and (name is None or name not in present):
+                raise UserError(
+                    f"source {source.name} has no field {source.field or 'with texts or messages'}; it has: {', '.join(present)}",
+                    'a field "text" with text, or "messages" with [{"role": ..., "content": ...}, ...]',
+                    "name the right one with field:",
+                )
+            if kind is None and rows:
+                first = next(row[name] for row in rows if name in row)
+                kind = "text" if isinstance(first, str) else "chat"
+        self.kind, self.field = kind or "text", name or ""
+        values = [row if isinstance(row, Bad) else self._value(row) for row in head]
+        if all(isinstance(v, Bad) for v in values):
+            why = next((v.reason for v in values if isinstance(v, Bad)), "it is empty")
+            raise UserError(
+                f"none of the first {len(values)} rows of source {source.name} can be used: {why}",
+                "texts, or messages with the roles " + ", ".join(ROLES),
+                "rename roles with roles: {their name: user}" if "role" in why else "look at the file's first rows",
+            )
+        return self.kind, self.field
+
+    def _value(self, row: Any) -> Value | Bad:
+        if isinstance(row, str):
+            return row if row.strip() else Bad("an empty text")
+        if not isinstance(row, Mapping):
+            return Bad("a row that is not an object with fields")
+        found = row.get(self.field)
+        if found is None:
+            return Bad(f"no field {self.field}")
+        if self.kind == "chat":
+            return self._messages(found)
+        if not isinstance(found, str):
+            return Bad(f"field {self.field} is not a text")
+        return found if found.strip() else Bad("an empty text")
+
+    def _messages(self, found: Any) -> Messages | Bad:
+        if isinstance(found, str) or not isinstance(found, Sequence) or not len(found):
+            return Bad(f"field {self.field} is not a list of messages")
+        messages = []
+        for message in found:
+            if not isinstance(message, Mapping):
+                return Bad("a message that is not an object with role and content")
+            role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+            if not isinstance(role, str) or not isinstance(content, str):
+                return Bad("a message without role or content")
+            role = self.source.roles.get(role) or ALIASES.get(role, role)
+            if role not in ROLES:
+                return Bad(f"unknown role {role!r}")
+            messages.append({"role": role, "content": content})
+        return tuple(messages)
+
+
+# -------------------------------------------------------------------------------------------------------------------- files
+def _files(source: Source) -> list[Path]:
+    assert source.path is not None
+    found = [Path(p) for p in sorted(glob.glob(source.path))] or [Path(source.path)]
+    for file in found:
+        if not file.exists():
+            raise UserError(
+                f"source not found: {source.path}", "an existing file, or a pattern that matches some", "check the path"
+            )
+    kinds = {Path(f.name.removesuffix(".gz")).suffix for f in found}
+    if len(kinds) > 1:
+        raise UserError(f"{source.path} matches files of several kinds: {', '.join(sorted(kinds))}", "one kind a source")
+    return found
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[IO[bytes]]:
+    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as handle:
+        yield handle  # type: ignore[misc]
+
+
+def _jsonl(file: Path) -> Iterator[Any]:
+    with _open(file) as handle:
+        for line in handle:
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError:  # not JSON, or not UTF-8
+                    yield Bad("a line that is not JSON")
+
+
+def _documents(file: Path, separator: str) -> Iterator[str | Bad]:
+    """Documents of a text file, of which no more than one and a block is in memory."""
+    rest, cut = b"", separator.encode()
+    with _open(file) as handle:
+        while block := handle.read(1 << 20):
+            *whole, rest = (rest + block).split(cut)
+            yield from (_decoded(d) for d in whole if d.strip())
+    if rest.strip():
+        yield _decoded(rest)
+
+
+def _decoded(document: bytes) -> str | Bad:
+    try:
+        return document.decode().strip("\r\n")
+    except UnicodeDecodeError:
+        return Bad("a document that is not UTF-8")
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        opened = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} is not a Parquet file: {error}", "a file that a Parquet writer finished") from error
+    for batch in opened.iter_batches(batch_size=1024):
+        yield from batch.to_pylist()
+
+
+# ----------------------------------------------------------------------------------------------------------------- datasets
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "the package `datasets` is not installed", "it, to read Hugging Face datasets", "pip install 'pvsae[sae]'"
+        ) from None
+    return datasets
+
+
+def _load_dataset(source: Source) -> Any:
+    datasets = _datasets()
+    try:
+        return datasets.load_dataset(
+            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # not found, offline, unknown subset or split, gated
+        raise UserError(
+            f"dataset {source.dataset} cannot be loaded: {error}",
+            "the name of a dataset on the Hub (or in the cache), with its subset and split",
+            "check the name, the network, or that you may read it; a local file goes into path:",
+        ) from error
+
+
+def _load_local_dataset(files: list[Path], suffix: str, source: Source) -> Any:
+    builders = {".json": "json", ".csv": "csv", ".arrow": "arrow"}
+    if suffix not in builders and not files[0].is_dir():
+        raise UserError(
+            f"source {source.name} is of an unknown kind",
+            "a file .jsonl, .txt, .parquet, .json, .csv or .arrow, or a saved dataset",
+        )
+    datasets = _datasets()
+    try:
+        if suffix in builders:
+            return datasets.load_dataset(builders[suffix], data_files=[str(f) for f in files], split="train")
+        data = datasets.load_from_disk(str(files[0]))
+        return data[source.split] if isinstance(data, datasets.DatasetDict) else data
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{source.path} cannot be read: {error}", "a file or folder that `datasets` can read") from error

@@ -1,0 +1,181 @@
+"""Sources: every kind of file gives its rows, bad rows are bad rows, and bad files are errors before any work."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import islice
+
+import pytest
+
+from pvsae.errors import UserError
+from pvsae.saes.sources import Bad, Reader, Source
+from tests.saes.corpora import chat, text, write_jsonl, write_texts
+
+
+def rows(source: Source, place=None):
+    return list(Reader(source).rows(place))
+
+
+def test_texts_and_chats_are_told_apart_by_their_fields(tmp_path) -> None:
+    texts = write_texts(tmp_path / "a.jsonl", 5)
+    chats = write_jsonl(tmp_path / "b.jsonl", [{"id": 1, "conversation": chat(i)} for i in range(3)])
+    assert rows(Source(path=texts)) == [text(i) for i in range(5)]
+    assert rows(Source(path=chats)) == [tuple(chat(i)) for i in range(3)]
+    reader = Reader(Source(path=chats))
+    assert (reader.kind, reader.field) == ("chat", "conversation")
+
+
+def test_a_named_field_is_taken(tmp_path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "no", "story": f"yes {i}"} for i in range(3)])
+    assert rows(Source(path=path, field="story")) == ["yes 0", "yes 1", "yes 2"]
+
+
+def test_text_files_are_split_into_documents_across_block_borders(tmp_path) -> None:
+    documents = [f"Document {i}.\nSecond line " + "x" * 70_000 for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n\n".join(documents) + "\n\n")
+    assert rows(Source(path=str(tmp_path / "a.txt"))) == documents
+    (tmp_path / "b.txt").write_text("<end>".join(documents[:3]))
+    assert rows(Source(path=str(tmp_path / "b.txt"), separator="<end>")) == documents[:3]
+
+
+def test_gzip_parquet_and_patterns(tmp_path) -> None:
+    import pandas as pd
+
+    for name, numbers in (("x1", range(3)), ("x2", range(3, 6))):
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as handle:
+            handle.writelines(json.dumps({"text": text(i)}) + "\n" for i in numbers)
+    pd.DataFrame({"text": [text(i) for i in range(6)]}).to_parquet(tmp_path / "x.parquet")
+    wanted = [text(i) for i in range(6)]
+    assert rows(Source(path=str(tmp_path / "x*.jsonl.gz"))) == wanted
+    assert rows(Source(path=str(tmp_path / "x.parquet"))) == wanted
+    pd.DataFrame({"messages": [chat(i) for i in range(4)]}).to_parquet(tmp_path / "c.parquet")
+    assert rows(Source(path=str(tmp_path / "c.parquet"))) == [tuple(chat(i)) for i in range(4)]
+
+
+def test_reading_goes_on_at_a_place(tmp_path) -> None:
+    source = Source(path=write_texts(tmp_path / "a.jsonl", 20))
+    reader = Reader(source)
+    assert rows(source, reader.place(7)) == [text(i) for i in range(7, 20)]
+
+
+def test_bad_rows_do_not_stop_the_reading(tmp_path) -> None:
+    good = {"messages": chat(0)}
+    lines = [
+        good,
+        "{not json",
+        {"text": "no messages"},
+        {"messages": []},
+        {"messages": "hello"},
+        {"messages": [{"role": "user"}]},
+        {"messages": ["hello"]},
+        {"messages": [{"role": "narrator", "content": "Once"}]},
+        "[1, 2]",
+        good,
+    ]
+    found = rows(Source(path=write_jsonl(tmp_path / "a.jsonl", lines)))
+    assert [i for i, row in enumerate(found) if not isinstance(row, Bad)] == [0, 9]
+    assert found[1] == Bad("a line that is not JSON")
+    assert found[2] == Bad("no field messages")
+    assert "role" in found[5].reason
+    assert found[7] == Bad("unknown role 'narrator'")
+    text_rows = rows(Source(path=write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "  "}, {"text": 3}, {"text": None}])))
+    assert [isinstance(row, Bad) for row in text_rows] == [False, True, True, True]
+    (tmp_path / "c.txt").write_bytes(b"good\n\n\xff\xfe\n\nalso")
+    assert [isinstance(row, Bad) for row in rows(Source(path=str(tmp_path / "c.txt")))] == [False, True, False]
+
+
+def test_roles_are_renamed(tmp_path) -> None:
+    shared = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
+    (found,) = rows(Source(path=write_jsonl(tmp_path / "a.jsonl", shared)))
+    assert [m["role"] for m in found] == ["user", "assistant"]
+    odd = [{"messages": [{"role": "client", "content": "Hi"}, {"role": "bot", "content": "Hello"}]}]
+    path = write_jsonl(tmp_path / "b.jsonl", odd)
+    with pytest.raises(UserError, match="unknown role 'client'"):
+        Reader(Source(path=path))
+    (found,) = rows(Source(path=path, roles={"client": "user", "bot": "assistant"}))
+    assert [m["role"] for m in found] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        (None, {}, "not found"),
+        ("", {}, "empty"),
+        ("{broken\n{broken\n", {}, "not JSON"),
+        ('{"body": "x"}\n', {}, "it has: body"),
+        ('{"text": "x"}\n', {"field": "body"}, "no field body"),
+        ('{"text": ""}\n', {}, "empty text"),
+        ('{"text": "x"}\n', {"weight": 0.0}, "weight"),
+        ('{"text": "x"}\n', {"strip_system": 1.5}, "strip_system"),
+        ('{"text": "x"}\n', {"kind": "poem"}, "poem"),
+        ('{"text": "x"}\n', {"roles": {"a": "boss"}}, "boss"),
+        ('{"text": "x"}\n', {"dataset": "also"}, "exactly one"),
+        ('{"text": "x"}\n', {"streaming": True}, "streaming"),
+        ('{"text": "x"}\n', {"max_samples": 0}, "max_samples"),
+    ],
+)
+def test_bad_sources_are_errors_that_say_why(tmp_path, content, options, said) -> None:
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        Reader(Source(path=str(path), **options))
+    assert caught.value.expected
+
+
+def test_unknown_and_broken_files(tmp_path) -> None:
+    (tmp_path / "a.docx").write_bytes(b"x")
+    with pytest.raises(UserError, match="unknown kind"):
+        Reader(Source(path=str(tmp_path / "a.docx")))
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    with pytest.raises(UserError, match="not a Parquet file"):
+        Reader(Source(path=str(tmp_path / "a.parquet")))
+
+
+def test_content_is_known_by_its_bytes(tmp_path) -> None:
+    a, b = write_texts(tmp_path / "a.jsonl", 5), write_texts(tmp_path / "b.jsonl", 5)
+    assert Reader(Source(path=a)).content == Reader(Source(path=b)).content
+    write_texts(tmp_path / "b.jsonl", 6)
+    assert Reader(Source(path=a)).content != Reader(Source(path=b)).content
+
+
+class TestDatasets:
+    """Hugging Face datasets, from local files alone."""
+
+    @pytest.fixture(autouse=True)
+    def _cache(self, tmp_path, monkeypatch):
+        self.datasets = pytest.importorskip("datasets", reason="datasets is not installed (pip install 'pvsae[sae]')")
+        monkeypatch.setattr(self.datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        self.datasets.disable_progress_bars()
+
+    def test_a_folder_by_name_and_one_saved_to_disk(self, tmp_path) -> None:
+        (tmp_path / "named").mkdir()
+        write_texts(tmp_path / "named" / "train.jsonl", 6)
+        assert rows(Source(dataset=str(tmp_path / "named"))) == [text(i) for i in range(6)]
+        self.datasets.Dataset.from_dict({"text": [text(i) for i in range(4)]}).save_to_disk(tmp_path / "saved")
+        assert rows(Source(path=str(tmp_path / "saved"))) == [text(i) for i in range(4)]
+        (tmp_path / "a.csv").write_text("text,n\nhello,1\nworld,2\n")
+        assert rows(Source(path=str(tmp_path / "a.csv"))) == ["hello", "world"]
+
+    def test_a_streamed_one_goes_on_at_a_place(self, tmp_path) -> None:
+        (tmp_path / "named").mkdir()
+        write_texts(tmp_path / "named" / "train.jsonl", 300)
+        source = Source(dataset=str(tmp_path / "named"), streaming=True)
+        reader = Reader(source)
+        walk = reader.rows()
+        assert list(islice(walk, 130)) == [text(i) for i in range(130)]
+        place = json.loads(json.dumps(reader.place(130)))
+        assert rows(source, place) == [text(i) for i in range(130, 300)]
+
+    def test_an_unknown_name_is_an_error_that_says_why(self) -> None:
+        with pytest.raises(UserError, match="nobody/has-this cannot be loaded"):
+            Reader(Source(dataset="nobody/has-this"))
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pvsae\[sae\]"):
+        Reader(Source(dataset="some/name"))

@@ -1,0 +1,139 @@
+"""Token store: made once, whole or not at all, and the same again where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pvsae.models.chat import ChatTemplate
+from pvsae.saes.sources import Reader, Source
+from pvsae.saes.tokenising import Tokeniser
+from pvsae.saes.tokenstore import TokenStore
+from tests.conftest import make_tokenizer
+from tests.saes.corpora import text, write_jsonl, write_texts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokeniser():
+    return Tokeniser(ChatTemplate(make_tokenizer()))
+
+
+def make_store(tokeniser, tmp_path, path, calls=None, **options):
+    chunk_tokens = options.pop("chunk_tokens", 4000)
+
+    def encode(values, rows):
+        if calls is not None:
+            calls.append(len(values))
+        return tokeniser.encode(values, [False] * len(values))
+
+    reader = Reader(Source(path=path, **options))
+    return TokenStore(tmp_path / "store", reader, encode, chunk_tokens=chunk_tokens, progress=False)
+
+
+def everything(store):
+    return [store.sample(i).ids.tolist() for i in range(store.samples)]
+
+
+def test_samples_come_back_as_they_were_over_all_chunks(tokeniser, tmp_path) -> None:
+    path = write_texts(tmp_path / "a.jsonl", 900)
+    store = make_store(tokeniser, tmp_path, path)
+    store.make_all()
+    assert len(store.chunks) > 2
+    assert store.samples == 900
+    assert everything(store) == [list(tokeniser.chat.plain(text(i)).ids) for i in range(900)]
+    assert sum(c.tokens for c in store.chunks) == sum(map(len, everything(store)))
+
+
+def test_nothing_is_tokenised_twice(tokeniser, tmp_path) -> None:
+    path = write_texts(tmp_path / "a.jsonl", 600)
+    make_store(tokeniser, tmp_path, path).make_all()
+    calls: list[int] = []
+    store = make_store(tokeniser, tmp_path, path, calls)
+    store.make_all()
+    assert store.samples == 600
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "flags.npy", "offsets.npy", "chunk.json"])
+@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+def test_a_damaged_chunk_is_made_again_alone_and_the_same(tokeniser, tmp_path, name, how) -> None:
+    path = write_texts(tmp_path / "a.jsonl", 900)
+    store = make_store(tokeniser, tmp_path, path)
+    store.make_all()
+    before = everything(store)
+    rows = [c.rows for c in store.chunks]
+    file = store.chunks[1].folder / name
+    whole = file.read_bytes()
+    data = bytearray(whole)
+    data[-3] ^= 0xFF
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data if how == "changed" else whole[: len(whole) // 2])
+    calls: list[int] = []
+    again = make_store(tokeniser, tmp_path, path, calls)
+    again.make_all()
+    assert everything(again) == before
+    assert sum(calls) == rows[1] - rows[0]
+    assert file.read_bytes() == whole
+
+
+def test_bad_rows_are_counted_over_chunks(tokeniser, tmp_path) -> None:
+    lines = [("{broken" if i % 10 == 3 else {"text": ""} if i % 10 == 7 else {"text": text(i)}) for i in range(800)]
+    store = make_store(tokeniser, tmp_path, write_jsonl(tmp_path / "a.jsonl", lines))
+    store.make_all()
+    assert len(store.chunks) > 1
+    assert store.bad == {"a line that is not JSON": 80, "an empty text": 80}
+    assert store.samples == 640
+    assert store.chunks[-1].rows == 800
+
+
+def test_max_samples_counts_good_rows(tokeniser, tmp_path) -> None:
+    lines = ["{broken", *({"text": text(i)} for i in range(800))]
+    store = make_store(tokeniser, tmp_path, write_jsonl(tmp_path / "a.jsonl", lines), max_samples=333)
+    store.make_all()
+    assert everything(store) == [list(tokeniser.chat.plain(text(i)).ids) for i in range(333)]
+
+
+def test_a_number_of_rows_that_fills_the_last_reading_ends_all_the_same(tokeniser, tmp_path) -> None:
+    store = make_store(tokeniser, tmp_path, write_texts(tmp_path / "a.jsonl", 512), chunk_tokens=1)
+    store.make_all()
+    assert store.samples == 512
+    assert store.chunk(99) is None
+    assert np.array_equal(store.sample(511).ids, list(tokeniser.chat.plain(text(511)).ids))
+
+
+def test_a_killed_pass_goes_on_at_its_last_chunk(tokeniser, tmp_path) -> None:
+    path = write_texts(tmp_path / "a.jsonl", 900)
+    code = f"""
+import os
+from pathlib import Path
+from pvsae.models.chat import ChatTemplate
+from pvsae.saes.tokenising import Tokeniser
+from tests.conftest import make_tokenizer
+from tests.saes.test_tokenstore import make_store
+calls = []
+tokeniser = Tokeniser(ChatTemplate(make_tokenizer()))
+store = make_store(tokeniser, Path({str(tmp_path)!r}), {path!r}, calls)
+encode = store.encode
+store.encode = lambda *a: os.kill(os.getpid(), 9) if len(calls) == 2 else encode(*a)
+store.make_all()
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env)
+    assert killed.returncode == -9
+    done = [json.loads(f.read_text())["rows"] for f in sorted((tmp_path / "store").glob("chunk-*/chunk.json"))]
+    assert done
+    calls: list[int] = []
+    store = make_store(tokeniser, tmp_path, path, calls)
+    store.make_all()
+    assert sum(calls) == 900 - done[-1]
+    assert everything(store) == [list(tokeniser.chat.plain(text(i)).ids) for i in range(900)]
