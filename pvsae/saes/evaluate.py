@@ -11,7 +11,7 @@ look good: every measure of variance stands there with and without them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from pvsae.saes.measures import Activity, Variance
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
 
+Activations = Tensor | Mapping[int, Tensor] | Iterable[Tensor | Mapping[int, Tensor]]
 MEDIAN_TOKENS = 50_000  # residuals on which the median of an uncalibrated outlier filter is taken
 VARIANTS = ("original", "spliced", "zero", "mean")
 
@@ -121,7 +122,7 @@ def evaluate(
     model: ChatModel | None = None,
     rows: Iterable[MarkedTokens] | None = None,
     *,
-    activations: Iterable[Float[Tensor, "n d_model"]] | None = None,
+    activations: Activations | None = None,
     block: int | None = None,
     loss: bool = True,
     loss_tokens: int | None = None,
@@ -134,7 +135,8 @@ def evaluate(
 
     Args:
         model, rows: text, as rows of tokens with a mask; a row's first `sae.info.drop_first` tokens are left out besides.
-        activations: or batches of raw residuals of tokens that the dictionary is for (a stream's); then there is no loss.
+        activations: or raw residuals of tokens that the dictionary is for, [n, d_model], as one tensor or in batches, or as a stream
+            gives them, by block (`stream.held_out(n)`, or so many of `stream.batches(n)` as are wanted); then there is no loss.
         block: None takes the dictionary's own.
         loss: whether to run the whole model for losses (four forward passes a row).
         loss_tokens: rows up to so many tokens are enough for the losses; None takes all.
@@ -148,7 +150,7 @@ def evaluate(
     if (rows is None) == (activations is None) or (rows is not None and model is None):
         raise UserError("evaluate was given neither or both of text and residuals", "model and rows, or activations")
     if activations is not None:
-        return _of_activations(sae, activations, dense_above)
+        return _of_activations(sae, _by_batch(sae, activations, block, batch_tokens), dense_above)
     assert model is not None
     assert rows is not None
     block = _check(sae, model, block)
@@ -171,6 +173,19 @@ def evaluate(
         label = f"{progress}: losses" if progress else None
         table = _losses(sae, model, some, block, sets["kept"].mean, loss_batch_tokens, label)
     return _evaluation(sae, sets, activity, table, dense_above, notes)
+
+
+def _by_batch(sae: SAE, activations: Activations, block: int | None, size: int) -> Iterator[Float[Tensor, "n d_model"]]:
+    whole = [activations] if isinstance(activations, Tensor | Mapping) else activations
+    block = sae.info.block if block is None else block
+    for part in whole:
+        if isinstance(part, Mapping):
+            if block not in part:
+                raise UserError(
+                    f"residuals of blocks {sorted(part)} for a dictionary of block {block}", "that block's", "give block="
+                )
+            part = part[block]
+        yield from part.split(size)
 
 
 def _of_activations(sae: SAE, activations: Iterable[Tensor], dense_above: float) -> Evaluation:

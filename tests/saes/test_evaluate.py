@@ -174,6 +174,17 @@ def test_long_outliers_would_make_it_look_good(tiny_models):
     assert math.isnan(found.loss_of("ce"))
 
 
+def test_residuals_come_in_any_form_a_stream_has(tiny_models):
+    sae = make_sae().with_info(block=BLOCK)
+    x = torch.randn(90, sae.d_model, generator=torch.Generator().manual_seed(0))
+    whole = evaluate(sae, activations=x).summary()
+    for form in (x.split(20), {BLOCK: x, 7: 2 * x}, ({BLOCK: part, 7: part * 2} for part in x.split(31)), iter([x])):
+        assert evaluate(sae, activations=form, batch_tokens=13).summary() == pytest.approx(whole, nan_ok=True)
+    assert evaluate(sae, activations={BLOCK: x, 7: 2 * x}, block=7).of("mse") > 2 * evaluate(sae, activations=x).of("mse")
+    with pytest.raises(UserError, match="blocks \\[7\\]"):
+        evaluate(sae, activations={7: x})
+
+
 def test_batches_do_not_matter_and_hooks_are_gone(tiny_models):
     model = tiny_models("llama")
     rows = text_rows(model)
