@@ -24,9 +24,17 @@ from pvsae.reports.figures import draw, read_table
 from pvsae.runs import RunDir, atomic_write_text, now, read_json
 
 MAX_ROWS = 60
-FIRST = ("extraction", "layers", "steering", "correlations")  # tables to open on; the others follow by name
-HIDDEN = ("trace", "points")  # shown as coloured text and as a figure
-ORDER = ("extract", "layers", "steer", "monitor")
+FIRST = (
+    "extraction",
+    "layers",
+    "steering",
+    "correlations",
+    "quality",
+    "loss",
+    "agreement",
+)  # tables to open on; the others follow by name
+HIDDEN = ("trace", "points", "l0", "density")  # shown as coloured text and as figures
+ORDER = ("extract", "layers", "steer", "monitor", "sae_eval")
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -45,6 +53,10 @@ CAPTIONS = {
         "Each point is one prompt: where its last token lies along the vector before anything is answered, and how the answer "
         "is then scored. Dark to light: from strongly suppressing to strongly eliciting prompts."
     ),
+    "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
+    "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",
+    "l0": "How many latents are active at a token; the line is the mean.",
+    "density": "How often latents are active. At the right edge stand those that nearly always are.",
     "trace": "Where the tokens of a conversation lie along the vectors; the model never saw the prompts behind these answers.",
 }
 
