@@ -2,9 +2,9 @@
 
     python -m benchmarks.sae_kernels [--quick] [--tiles]
 
-Random weights and activations of one shape (d 3584, F 131072, k 64, B 4096; smaller with --quick). Both paths do each part on the
-same numbers and take turns; what counts is the median over the turns of the ratio of their times within a turn. Before that,
-their results are compared. --tiles also times the encoder with other shapes of its tiles.
+Random weights and activations of one shape (d 3584, F 131072, k 64, B 4096; smaller with --quick). Both paths do each part on
+the same numbers and take turns; what counts is the median over the turns of the ratio of their times within a turn. Before
+that, their results are compared. --tiles also times the encoder with other shapes of its tiles.
 
 Without a CUDA GPU, or without Triton, nothing is run: every check says "not measured", and nothing passes or fails.
 """
@@ -125,7 +125,7 @@ class Problem:
 
 
 def disagreement(problem: Problem) -> dict[str, float]:
-    """How far the two paths are from each other: share of pairs kept by one alone, else largest difference over largest value."""
+    """How far the paths are from each other: share of pairs kept by one alone, else largest difference over largest value."""
     few = torch.arange(0, problem.shape.batch, max(1, problem.shape.batch // 256), device="cuda")
     x, n = problem.x16[few], problem.shape.k * len(few)
     kept, _ = kernels.encode_select(x, problem.W16, problem.b_enc, n, problem.threshold)

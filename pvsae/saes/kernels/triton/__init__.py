@@ -6,10 +6,11 @@ Does not know: when to use them (kernels/__init__.py decides), or the eager path
     encode_select, survivors   encode.py    the encoder's product with selection in its epilogue; [B, F] is never written
     decode, value_grads        products.py  sums over a token's kept latents
     weight_grads, both_weight_grads         sums over a latent's kept tokens: no atomics, the same bits every time
+    by_latent                  order.py     the order of the latter
     adam_                      adam.py      Adam, projection and renormalisation in one pass over a row
 
-What is tested is their arithmetic, in Triton's interpreter on CPUs, against dense products. Tile sizes and launch settings were
-chosen by arithmetic for an H100 and are not measured here; benchmarks/sae_kernels.py measures them where there is a GPU.
+What is tested is their arithmetic, in Triton's interpreter on CPUs, against dense products. Tile sizes and launch settings
+were chosen by arithmetic for an H100 and are not measured here; benchmarks/sae_kernels.py measures them where there is a GPU.
 
 Importing this module does not import Triton; taking one of the functions from it does.
 """
@@ -17,6 +18,7 @@ Importing this module does not import Triton; taking one of the functions from i
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from functools import cache
 from typing import Any
@@ -30,6 +32,7 @@ _HOMES = {
     "weight_grads": "products",
     "both_weight_grads": "products",
     "adam_": "adam",
+    "by_latent": "order",
 }
 
 
@@ -48,10 +51,13 @@ def problem() -> str | None:
     """
     try:
         import torch
+        import triton
         import triton.language as tl
         from triton.runtime.jit import JITFunction
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
+    if "mask" not in inspect.signature(tl.histogram).parameters:
+        return f"Triton {triton.__version__} is too old: its histograms have no masks"
     if os.environ.get("TRITON_INTERPRET") == "1":
         # Triton's own functions are made when it is imported; kernels that are interpreted can use interpreted ones only.
         return "TRITON_INTERPRET=1 was set after Triton had been imported" if isinstance(tl.sum, JITFunction) else None

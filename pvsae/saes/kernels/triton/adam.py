@@ -3,9 +3,9 @@
 Knows: one tensor's parameters, gradient and moments.
 Does not know: which tensors there are, how the gradient was made, its norm or the schedule.
 
-A step reads 16 bytes a parameter and writes 12, and does nothing else of note: at 2 * 131072 * 3584 parameters that is 26 GB, 9.8 ms at
-80% of an H100's 3.35 TB/s (arithmetic, not measured), about as long as the rest of a step. Projecting and renormalising in passes
-of their own would read and write the rows twice more. A row must fit in the registers of one program.
+A step reads 16 bytes a parameter and writes 12, and does nothing else of note: at 2 * 131072 * 3584 parameters that is 26 GB,
+9.8 ms at 80% of an H100's 3.35 TB/s (arithmetic, not measured), about as long as the rest of a step. Projecting and
+renormalising in passes of their own would read and write the rows twice more. A row must fit in the registers of one program.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _adam_unit_rows(
     at = tl.program_id(0).to(tl.int64) * d + column
     param = tl.load(param_ptr + at, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * tl.load(scale_ptr)
-    # Divided by the squared norm, which is 1 but for rounding: what is left is orthogonal to the row as it is. A zero row has no
-    # direction, and nothing is taken away.
+    # Divided by the squared norm, which is 1 but for rounding: what is left is orthogonal to the row as it is. A zero row has
+    # no direction, and nothing is taken away.
     norm2 = tl.sum(param * param, 0)
     grad -= tl.sum(grad * param, 0) / tl.where(norm2 > 0, norm2, 1.0) * param
     param, mean, square = _moved(
@@ -81,10 +81,10 @@ def _adam_unit_rows(
 
 
 def adam_(
-    param: Float[Tensor, "..."],
-    grad: Float[Tensor, "..."],
-    exp_avg: Float[Tensor, "..."],
-    exp_avg_sq: Float[Tensor, "..."],
+    param: Float[Tensor, ...],
+    grad: Float[Tensor, ...],
+    exp_avg: Float[Tensor, ...],
+    exp_avg_sq: Float[Tensor, ...],
     *,
     step: int,
     lr: float,
@@ -92,7 +92,7 @@ def adam_(
     eps: float = 1e-8,
     scale: float | Tensor = 1.0,
     unit_rows: bool = False,
-    copy: Float[Tensor, "..."] | None = None,
+    copy: Float[Tensor, ...] | None = None,
 ) -> None:
     """One Adam step in place on a parameter and its moments; the gradient is left as it is.
 
@@ -101,8 +101,8 @@ def adam_(
         grad: of the same shape, contiguous.
         step: counts from 1.
         scale: factor of the gradient, for clipping; a tensor may stay on the device.
-        unit_rows: param is [n, d] with rows of norm 1. The gradient's component along each row is removed before the step, and the
-            norm is made 1 again after it.
+        unit_rows: param is [n, d] with rows of norm 1. The gradient's component along each row is removed before the step, and
+            the norm is made 1 again after it.
         copy: receives the new parameters in its own dtype, such as bf16 for the next product.
     """
     tensors = [param, grad, exp_avg, exp_avg_sq] + ([copy] if copy is not None else [])

@@ -19,6 +19,8 @@ def append(value, flat, keep, count_ptr, value_ptr, flat_ptr, capacity):
     if total > 0:
         # One addition a tile: single elements would queue for the same address.
         base = tl.atomic_add(count_ptr, total.to(tl.int64), sem="relaxed")
+        # The count may pass 32 bits, places do not: half the registers for a tile of them.
+        base = tl.minimum(base, capacity).to(tl.int32)
         before = (tl.cumsum(per_row, 0) - per_row)[:, None] + tl.cumsum(ones, 1) - ones
         at = base + before
         write = keep & (at < capacity)

@@ -1,21 +1,22 @@
 """The encoder's product with selection in its epilogue: the [B, F] matrix of pre-activations is never in memory.
 
-Knows: the product in tiles, a bound that decides which pre-activations go to the pool, what to do when the pool holds too few or
-too many.
+Knows: the product in tiles, a bound that decides which pre-activations go to the pool, what to do when the pool holds too few
+or too many.
 Does not know: how the largest of a pool are found (select.py), or what they are used for.
 
-A batch keeps n of B * F pre-activations, one in two thousand at k = 64 of F = 131072. The threshold hardly moves from one step to
-the next, so the last one, lowered a little, lets through somewhat more than n: a tile appends its few survivors to a pool, and
-the exact n largest are found there. The bound only decides how much work is done, never what is kept: if the pool holds fewer
-than n, or more than it has room for, then the product is made again to count pre-activations by size, and a third time with a bound
-that is known to fit.
+A batch keeps n of B * F pre-activations, one in two thousand at k = 64 of F = 131072. The threshold hardly moves from one
+step to the next, so the last one, lowered a little, lets through somewhat more than n: a tile appends its few survivors to a
+pool, and the exact n largest are found there. The bound only decides how much work is done, never what is kept: if the pool
+holds fewer than n, or more than it has room for, then the product is made again to count pre-activations by size, and a third
+time with a bound that is known to fit.
 
-The host reads one number a call, how many survived. It is copied while selection and sorting are queued on the guess that all is
-well, so that the device has work while the host waits for the product.
+The host reads one number a call, how many survived. It is copied while selection and sorting are queued on the guess that all
+is well, so that the device has work while the host waits for the product.
 
-By arithmetic, for d = 3584, F = 131072, B = 4096 in bf16 on an H100 SXM (989 Tflop/s, 3.35 TB/s by the datasheet): the product is 3.85
-Tflop, 6.5 ms at 60% of the peak; the encoder's rows are 0.94 GB, 0.35 ms at 80% of the bandwidth if read once; writing the matrix
-and reading it back once would be 4.3 GB in fp32, 1.6 ms, and a sort over it many times that. None of this has been measured.
+By arithmetic, for d = 3584, F = 131072, B = 4096 in bf16 on an H100 SXM (989 Tflop/s, 3.35 TB/s by the datasheet): the
+product is 3.85 Tflop, 6.5 ms at 60% of the peak; the encoder's rows are 0.94 GB, 0.35 ms at 80% of the bandwidth if read
+once; writing the matrix and reading it back once would be 4.3 GB in fp32, 1.6 ms, and a sort over it many times that. None of
+this has been measured.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pvsae.saes.kernels.sparse import Sparse, from_flat
+from pvsae.saes.kernels.eager import Sparse
 from pvsae.saes.kernels.triton.append import append
+from pvsae.saes.kernels.triton.order import from_flat
 from pvsae.saes.kernels.triton.select import Pool, largest
 
 LEAST_ROOM = 1024  # of a pool, however few are kept
@@ -45,7 +47,7 @@ class Tiles:
     """Shape of a program's work in the product.
 
     Attributes:
-        tokens, latents, inner: rows of x, rows of W_enc and columns of both that are in shared memory at a time; powers of 2 from 16.
+        tokens, latents, inner: rows of x, rows of W_enc and columns of both in shared memory at a time; powers of 2 from 16.
         warps, stages: Triton's num_warps and num_stages.
         group: tiles of latents that are taken through all tokens together, so that they stay in the L2 cache.
     """
@@ -135,7 +137,7 @@ def _collect(
     TOKENS: tl.constexpr, LATENTS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
-    """Appends to the pool what is above the bound (TIES: or equal to it with a flat index below `before`). One program a tile."""
+    """Appends to the pool what is above the bound; TIES: or equal to it with a flat index below `before`. A program a tile."""
     token0, latent0 = _place(n_tokens, n_latents, TOKENS, LATENTS, GROUP)
     pre = _product(
         x_ptr, w_ptr, b_ptr, n_tokens, n_latents, d, x_stride, w_stride, token0, latent0,
@@ -179,8 +181,8 @@ def _count(
     TOKENS: tl.constexpr, LATENTS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, TIES: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """counts[j] += positive pre-activations whose bits, less the origin, are j << shift and up (TIES: flat indices of those equal
-    to the bound). One program a tile."""
+    """counts[j] += positive pre-activations whose bits, less the origin, are j << shift and up; TIES: whose flat indices are, of
+    those equal to the bound. One program a tile."""
     token0, latent0 = _place(n_tokens, n_latents, TOKENS, LATENTS, GROUP)
     pre = _product(
         x_ptr, w_ptr, b_ptr, n_tokens, n_latents, d, x_stride, w_stride, token0, latent0,
@@ -271,7 +273,7 @@ class Encoder:
         return counts[:bins].cpu()
 
     def fitting_bound(self, n: int, capacity: int) -> Bound:
-        """A bound that n to `capacity` pre-activations pass, or all positive ones if they are fewer than n. Waits for the device."""
+        """A bound that n to `capacity` pre-activations pass, or all positive ones if they are fewer. Waits for the device."""
         above, origin = 0, 0
         for shift, bins in VALUE_LEVELS:
             upto = self.count(origin, shift, bins).flip(0).cumsum(0).flip(0) + above  # at the bin's lower edge or above
@@ -317,12 +319,12 @@ def encode_select(
     precision: str = "ieee",
     tiles: Tiles | None = None,
 ) -> tuple[Sparse, Float[Tensor, ""]]:
-    """The n_keep largest of relu(x @ W_enc.T + b_enc), exactly, ties going to the lowest token, then latent. Zeros are never kept.
+    """The n_keep largest of relu(x @ W_enc.T + b_enc), exactly; ties go to the lowest token, then latent. Zeros are never kept.
 
     Args:
         x, W_enc, b_enc: [B, d], [F, d], [F]; the product is of W_enc's dtype, sums and values are fp32.
-        guess: what the threshold may be, such as the last step's; a tensor may stay on the device. None: nothing is known. It decides
-            how fast the result is found, not what it is.
+        guess: what the threshold may be, such as the last step's; a tensor may stay on the device. None: nothing is known. It
+            decides how fast the result is found, not what it is.
         slack: everything above slack * guess is collected.
         room: the pool has room for room * n_keep; a pre-activation takes 12 bytes.
         precision, tiles: see Encoder, Tiles.
@@ -341,7 +343,7 @@ def encode_select(
         bounds = [Bound(value * slack)]
     for bound in bounds:
         pool = encoder.collect(bound, capacity)
-        read = _read_later(pool.count)
+        read = _read_later(pool.filled)
         # Queued before the host knows whether it is of use: then the device need not wait for the host.
         found = largest(pool, n_keep, encoder.n_flat)
         kept = from_flat(found.flat, found.value, len(W_enc))
@@ -374,7 +376,7 @@ def survivors(
     encoder = Encoder(x, W_enc, b_enc, precision, tiles)
     bound = Bound(torch.full((1,), max(low, 0.0), device=x.device))
     pool = encoder.collect(bound, min(expected, encoder.n_flat))
-    count = int(pool.count)
+    count = int(pool.filled)
     if count > len(pool.value):
         pool = encoder.collect(bound, count)
     flat, order = pool.flat[:count].sort()

@@ -3,14 +3,14 @@
 Knows: pairs in the order of tokens and in the order of latents, and the matrices' rows.
 Does not know: what is kept and why, or what the sums are used for.
 
-A program makes one tile of one row of the result and takes its pairs a few at a time, so that several rows are on their way from
-memory at once; threads of a warp read neighbouring columns. There are no atomics: sums have one order, so the same input gives
-the same bits. Everything is read in the dtype that it has and summed in fp32.
+A program makes one tile of one row of the result and takes its pairs a few at a time, so that several rows are on their way
+from memory at once; threads of a warp read neighbouring columns. There are no atomics: sums have one order, so the same input
+gives the same bits. Everything is read in the dtype that it has and summed in fp32.
 
-By arithmetic, for d = 3584, B = 4096, k = 64 (262144 pairs): decoding reads 3.8 GB of fp32 rows and as much again is read for the
-value gradients, 1.4 ms each at 80% of an H100's 3.35 TB/s, half of it from a bf16 copy; the weight gradients write 3.8 GB at
-F = 131072 and read rows that mostly are in the L2 cache, because all latents of one column tile come before the next. None of this
-has been measured. A latent that nearly every token keeps makes one program read nearly every row of that column tile.
+By arithmetic, for d = 3584, B = 4096, k = 64 (262144 pairs): decoding reads 3.8 GB of fp32 rows and as much again is read for
+the value gradients, 1.4 ms each at 80% of an H100's 3.35 TB/s, half of it from a bf16 copy; the weight gradients write 3.8 GB
+at F = 131072 and read rows that mostly are in the L2 cache, because all latents of one column tile come before the next. None
+of this has been measured. A latent that nearly every token keeps makes one program read nearly every row of that column tile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from pvsae.saes.kernels.sparse import ByLatent, Sparse, by_token
+from pvsae.saes.kernels.eager import ByLatent, Sparse
+from pvsae.saes.kernels.triton.order import by_token
 
 COLUMNS = 512  # of a tile: 4 neighbouring fp32 a thread at 4 warps
 PAIRS = 4  # rows on their way at once
@@ -84,7 +85,7 @@ def _weight_grads(
     token_ptr, start_ptr, a_ptr, g_ptr, dec_ptr, c_ptr, x_ptr, enc_ptr, bias_ptr, d, g_stride, x_stride,
     BOTH: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dec[f] = sum of a * g[token]; BOTH: enc[f] = sum of c * x[token] and bias[f] = sum of c. One program a latent and columns.
+    """dec[f] = sum of a * g[token]; BOTH: enc[f] = sum of c * x[token], bias[f] = sum of c. One program a latent and columns.
 
     Latents are the first axis of the grid, which runs fastest: programs at work together share column tiles of g and x.
     """
@@ -119,8 +120,8 @@ def decode(kept: Sparse, W_dec: Float[Tensor, "d_sae d_model"], batch: int) -> F
 
 
 def value_grads(
-    kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "d_sae d_model"]
-) -> Float[Tensor, " n"]:
+    kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "d_sae d_model"],
+) -> Float[Tensor, " n"]:  # fmt: skip
     """<grad[token], W_dec[latent]> of every kept pair, fp32: the gradient of the loss with respect to its value."""
     grad, W_dec, d = _rows(grad), _rows(W_dec), W_dec.shape[1]
     out = torch.empty(len(kept.value), dtype=torch.float32, device=W_dec.device)
@@ -146,7 +147,7 @@ def both_weight_grads(
     c: Float[Tensor, " n"],
     X: Float[Tensor, "batch d_model"],
 ) -> tuple[Float[Tensor, "d_sae d_model"], Float[Tensor, "d_sae d_model"], Float[Tensor, " d_sae"]]:
-    """Sums over each latent's kept tokens of a * G[token], of c * X[token] and of c, in one launch; a and c are in Sparse's order.
+    """Sums over each latent's kept tokens of a * G[token], c * X[token] and c, in one launch; a and c are in Sparse's order.
 
     With a the kept activations, c their gradients, G the reconstruction's gradient and X the encoder's input these are the
     gradients of W_dec, W_enc and b_enc.

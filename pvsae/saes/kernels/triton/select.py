@@ -1,12 +1,12 @@
-"""The largest n of a list of positive numbers, exactly, by radix selection; the host neither waits nor learns how many there are.
+"""The largest n of a list of positive numbers, exactly, by radix selection; the host waits for nothing.
 
 Knows: values and the flat indices that break ties, and how many of the list's places are filled (on the device).
 Does not know: where they come from.
 
-An element's key is (largest value first, lowest flat index first), written as two integers that are small for elements to be kept.
-No two keys are the same, so there is one n-th smallest key, and everything up to it is kept. Its digits are found from the
-top: a pass counts the digits of the elements that agree with what is known so far, and one program reads off the next digit. A pass
-reads the list once, 12 bytes an element; a billion flat indices make 3 passes over values and 3 over indices.
+An element's key is (largest value first, lowest flat index first), written as two integers that are small for elements to be
+kept. No two keys are the same, so there is one n-th smallest key, and everything up to it is kept. Its digits are found from
+the top: a pass counts the digits of the elements that agree with what is known so far, and one program reads off the next
+digit. A pass reads the list once, 12 bytes an element; a billion flat indices make 3 passes over values and 3 over indices.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ BLOCK = 2048
 
 
 class Pool(NamedTuple):
-    """Elements in any order. value [capacity] fp32 above 0, flat [capacity] int64, count [1] int64.
+    """Elements in any order. value [capacity] fp32 above 0, flat [capacity] int64, filled [1] int64.
 
-    Of the places the first `count` are filled; a count above the capacity says how many elements there would have been.
+    The first `filled` places hold elements; if it is above the capacity, it says how many elements there would have been.
     """
 
     value: Float[Tensor, " capacity"]
     flat: Int[Tensor, " capacity"]
-    count: Int[Tensor, " 1"]
+    filled: Int[Tensor, " 1"]
 
 
 class Largest(NamedTuple):
-    """What was selected, in any order, and the smallest value among it (on the device). Meaningless if the pool held fewer than n."""
+    """What was selected, in any order, and its smallest value, on the device. Meaningless if the pool held fewer than n."""
 
     value: Float[Tensor, " n"]
     flat: Int[Tensor, " n"]
@@ -56,7 +56,7 @@ def _count_digits(
     value_ptr, flat_ptr, count_ptr, known_ptr, digits_ptr, capacity, shift,
     SECOND: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """digits[j] += number of elements that agree with the known digits and have j as the next one. One program a SIZE elements."""
+    """digits[j] += elements that agree with the known digits and have j as the next one. One program a SIZE elements."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     filled = at < tl.minimum(tl.load(count_ptr), capacity)
     key = _keys(tl.load(value_ptr + at, mask=filled, other=1.0))

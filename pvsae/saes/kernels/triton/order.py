@@ -1,35 +1,16 @@
-"""The kept activations of a batch as sorted lists, by token and by latent, on any device and without waiting for it.
+"""The kept activations of a batch in the order of tokens and of latents, without the host waiting for the device.
 
 Knows: the two orders in which sparse products read them, and where each token's or latent's part begins.
-Does not know: which activations are kept, or what is multiplied.
+Does not know: which activations are kept, or what is multiplied. It needs no Triton.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
-class Sparse(NamedTuple):
-    """Activations that were kept, sorted by token, then by latent.
-
-    token, latent: row and column of each. value: fp32, above 0.
-    """
-
-    token: Int[Tensor, " n"]
-    latent: Int[Tensor, " n"]
-    value: Float[Tensor, " n"]
-
-
-class ByLatent(NamedTuple):
-    """Kept pairs in the order of their latents: order [n] into Sparse, token [n] in that order, start [d_sae + 1] of each latent."""
-
-    order: Int[Tensor, " n"]
-    token: Int[Tensor, " n"]
-    start: Int[Tensor, " d_sae_plus_1"]
+from pvsae.saes.kernels.eager import ByLatent, Sparse
 
 
 def offsets(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:
