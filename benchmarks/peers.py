@@ -155,8 +155,9 @@ def _import_dictionary_learning() -> Any:
             )  # fmt: skip
     if str(PLACE) not in sys.path:
         sys.path.append(str(PLACE))
-    if importlib.util.find_spec("nnsight") is None:  # imported by its activation buffer, which is not used here
-        sys.modules.setdefault("nnsight", types.ModuleType("nnsight")).LanguageModel = object  # type: ignore[attr-defined]
+    if "nnsight" not in sys.modules:  # imported by its activation buffer, which is not used here
+        sys.modules["nnsight"] = types.ModuleType("nnsight")
+        sys.modules["nnsight"].LanguageModel = object  # type: ignore[attr-defined]
     return importlib.import_module("dictionary_learning.trainers.batch_top_k").BatchTopKTrainer
 
 

@@ -77,9 +77,9 @@ def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 5.0) -> 
 
     Scores within `tolerance` of the best count as equal, since a sweep has few answers a cell. Of those, the blocks win that
     respond over the whole range of strengths (mean trait score over the coefs, incoherent cells as 0, again within `tolerance` of
-    the best) and are as coherent (likewise); of blocks that are still equal the latest, because monitoring reads the same block,
-    and a later one has taken in more of the prompt; there the most coherent cell, then the weakest. If nothing reaches the floor,
-    the cell with the highest sum of trait and coherence is taken, and met_floor is False.
+    the best); of blocks that are still equal the latest, because monitoring reads the same block, and a later one has taken in
+    more of the prompt; there the most coherent cell, then the weakest. If nothing reaches the floor, the cell with the highest sum
+    of trait and coherence is taken, and met_floor is False.
     """
     scored = sweep.dropna(subset=["trait", "coherence"])
     if scored.empty:
@@ -93,7 +93,6 @@ def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 5.0) -> 
         kept = scored["trait"].where(scored["coherence"] >= floor, 0.0)
         response = best["block"].map(kept.groupby(scored["block"]).mean())
         best = best[response >= response.max() - tolerance]
-        best = best[best["coherence"] >= best["coherence"].max() - tolerance]
         best = best.assign(strength=best["coef"].abs()).sort_values(
             ["block", "coherence", "strength"], ascending=[False, False, True]
         )

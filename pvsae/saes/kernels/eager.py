@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**21  # pre-activations computed at a time: 8 MB
+BLOCK_ELEMENTS = 2**23  # pre-activations computed at a time: 32 MB
 
 
 class Sparse(NamedTuple):
