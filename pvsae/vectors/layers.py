@@ -78,8 +78,8 @@ def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 5.0) -> 
     Scores within `tolerance` of the best count as equal, since a sweep has few answers a cell. Of those, the blocks win that
     respond over the whole range of strengths (mean trait score over the coefs, incoherent cells as 0, again within `tolerance` of
     the best); of blocks that are still equal the latest, because monitoring reads the same block, and a later one has taken in
-    more of the prompt; there the most coherent cell, then the weakest. If nothing reaches the floor, the cell with the highest sum
-    of trait and coherence is taken, and met_floor is False.
+    more of the prompt; there the most coherent cell, then the weakest. If nothing reaches the floor, the cell with the highest
+    sum of trait and coherence is taken, and met_floor is False.
     """
     scored = sweep.dropna(subset=["trait", "coherence"])
     if scored.empty:
