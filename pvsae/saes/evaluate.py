@@ -168,7 +168,7 @@ def evaluate(
             sets[name].add(x[mask], out[mask])
         activity.add(_only(acts, kept.to(acts.token.device)), int(kept.sum()))
     table = None
-    if loss:
+    if loss and sets["kept"].n:
         some = _first_rows(kept_rows, loss_tokens)
         label = f"{progress}: losses" if progress else None
         table = _losses(sae, model, some, block, sets["kept"].mean, loss_batch_tokens, label)
