@@ -40,6 +40,7 @@ def measure(prepared: Prepared) -> pd.DataFrame:
         vector = part[part["condition"] == "vector"]
         coherent = vector[vector["coherence"] >= COHERENT]
         best = coherent.loc[coherent["trait_score"].idxmax()] if len(coherent) else vector.iloc[0]
+        by_coef = vector.sort_values("coef")["trait_score"].tolist()
         one = part.drop_duplicates("condition").set_index("condition")["trait_score"]
         random = part[part["condition"].str.startswith("random") & (part["coef"] == best["coef"])]
         block = prepared.blocks[str(trait)]
@@ -54,10 +55,23 @@ def measure(prepared: Prepared) -> pd.DataFrame:
                 "unsteered": one["unsteered"],
                 "random": random["trait_score"].max(),
                 "prompted": one["prompt pos"],
-                "rank_r": vector["trait_score"].corr(vector["coef"], method="spearman"),
+                "largest_fall": largest_fall([float(one["unsteered"]), *by_coef]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def largest_fall(scores: list[float]) -> float:
+    """By how much a later score lies below an earlier one, at most; 0 for scores that never fall.
+
+    A rank correlation would say little here: most traits are near 100 from the second coefficient on, and their order there is
+    chance.
+    """
+    highest, fall = float("-inf"), 0.0
+    for score in scores:
+        highest = max(highest, score)
+        fall = max(fall, highest - score)
+    return fall if all(s == s for s in scores) else float("nan")
 
 
 def main() -> None:
@@ -76,7 +90,7 @@ def main() -> None:
             (table["steered"] - table["random"]).min(skipna=False),
             ">= 50",
         ),
-        check("rank correlation of score and coefficient, lowest", table["rank_r"].min(skipna=False), ">= 0.8"),
+        check("largest fall of the score as the coefficient grows", table["largest_fall"].max(skipna=False), "<= 10"),
     ]
     details = {"table": table.to_dict("records"), "published": {"depth of the best layers": PUBLISHED_DEPTH}}
     record(f"steering_{prepared.out.name}", checks, details)

@@ -7,8 +7,8 @@ greedily and sampled; every way makes the same number of tokens. The ways take t
 turns, of the ratio of their times within a turn, so that a machine that is busy for a while slows both sides. Steering adds a
 vector of almost no length at one block: the work is that of any steering, the text and so the lengths stay.
 
-The organism, whose answers do stop, is measured as well if it is there: seconds for the same prompts to their ends, in five times as
-many turns, because each takes a fraction of a second.
+The organism, whose answers do stop, is measured as well if it is there: seconds for the same prompts to their ends, in five
+times as many turns, because each takes a fraction of a second.
 """
 
 from __future__ import annotations

@@ -39,13 +39,17 @@ def _stage(name: str, config_class: str, shown: Callable[[Any], pd.DataFrame]) -
         _LAST.append(out)
         config = kind(**options)
         if getattr(args, "dry_run", False):
-            from pvsae.stages.extract import plan
-
-            print(plan(config))
+            print(getattr(stages, name).plan(config))
             return
-        result = getattr(stages, name).run(config, out)
         from pvsae.reports import write_report
+        from pvsae.vectors import EmptyFilter
 
+        try:
+            result = getattr(stages, name).run(config, out)
+        except EmptyFilter:
+            if (out / "result.json").is_file():  # traits that have a vector are done, and the page shows why others have none
+                print(f"report: {write_report(out, title=f'pvsae {name}')}")
+            raise
         page = write_report(out, title=f"pvsae {name}")
         print(_text(shown(result)))
         print(f"\ntables, figures and answers: {out}\nreport: {page}")
@@ -147,7 +151,15 @@ def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool) -> None:
     group.add_argument("--judge-url", metavar="URL", help="base URL of an OpenAI-compatible server for an openai: judge")
     group.add_argument("--judge-cache", metavar="FILE", help="SQLite file of the judge's replies (default: in the run folder)")
     group.add_argument("--judge-price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens in and out")
-    group.add_argument("--max-cost", type=float, metavar="USD", help="ask the judge for no more than this (needs --judge-price)")
+    group.add_argument(
+        "--max-cost",
+        type=float,
+        metavar="USD",
+        help="ask the judge for no more than this, over all starts of a run (needs --judge-price)",
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="say how much would be generated, judged and paid at most, and stop"
+    )
     group = parser.add_argument_group("how answers are made")
     group.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="longest answer (default: what the model's folder says, or 1000)"
@@ -227,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     writing.add_argument("--llm-model", required=True, help="the model's name on the server")
     writing.add_argument("--llm-url", metavar="URL", help="base URL of an OpenAI-compatible server (default: OpenAI's)")
     writing.add_argument("--llm-price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens in and out")
-    writing.add_argument("--max-cost", type=float, metavar="USD", help="spend no more than this (needs --llm-price)")
+    writing.add_argument("--max-cost", type=float, metavar="USD", help="spend no more than this in a start (needs --llm-price)")
     writing.add_argument("--out", help="library to write into (default: traits)")
     writing.add_argument("--overwrite", action="store_true", help="begin anew even if the trait is there")
 
@@ -244,11 +256,11 @@ def build_parser() -> argparse.ArgumentParser:
     extract.add_argument("--max-instructions", type=int, metavar="N", help="use only the first N pairs of instructions")
     extract.add_argument("--rollouts-url", metavar="URL", help="let an OpenAI-compatible server with the same model answer")
     extract.add_argument("--rollouts-model", metavar="NAME", help="the model's name there (default: that of --model)")
-    extract.add_argument("--dry-run", action="store_true", help="say how much would be generated and judged, and stop")
 
     layers = add(
         commands, "layers", _layers, "choose the block to steer at, by trying",
-        "  pvsae layers runs/vectors --out runs/layers\n  pvsae layers runs/vectors --blocks 1 2 3 --coefs 1 2 --traits evil",
+        "  pvsae layers runs/vectors --out runs/layers\n  pvsae layers runs/vectors --blocks 1 2 3 --coefs 1 2 --traits evil\n"
+        "  pvsae layers runs/vectors --judge openai:gpt-4.1-mini --judge-price 0.4 1.6 --dry-run      what would it cost?",
     )  # fmt: skip
     _add_setup(layers, vectors=True)
     _add_place(layers)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pvsae.errors import UserError
+from pvsae.ledger import Ledger
 from pvsae.replies import Reply, ReplyCache, Request, request_key
 
 __all__ = ["MAX_COST_REACHED", "ChatClient", "Reply", "ReplyCache", "Request", "request_key", "retry_after"]
@@ -58,6 +59,10 @@ class _GiveUp(Exception):
     """This item will not be tried again; the message becomes `Reply.error`."""
 
 
+class _NotSent(_GiveUp):
+    """... because it may not be sent, which is no failure of the server's."""
+
+
 class ChatClient:
     """Client of one model on one OpenAI-compatible server.
 
@@ -69,12 +74,14 @@ class ChatClient:
         concurrency: most requests under way at once.
         timeout: seconds for one request.
         max_retries: tries after the first, an item.
-        max_cost: US dollars that this object may spend; needs `price`.
+        ledger: SQLite file that counts on from what earlier clients with the same file did and spent; None counts this object
+            alone.
+        max_cost: US dollars that may be spent, what the ledger's file knows of included; needs `price`.
         price: US dollars per million tokens (in, out).
         backoff: seconds of the first wait; doubles each time up to 30, with jitter.
 
     Raises:
-        UserError: malformed address, `max_cost` without `price`, unusable cache file.
+        UserError: malformed address, `max_cost` without `price`, unusable cache or ledger file.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class ChatClient:
         *,
         api_key: str | None = None,
         cache: str | Path | None = None,
+        ledger: str | Path | None = None,
         concurrency: int = 16,
         timeout: float = 60.0,
         max_retries: int = 6,
@@ -118,6 +126,7 @@ class ChatClient:
         )
         self.base_url = str(self._api.base_url).rstrip("/")
         self.cache = ReplyCache(Path(cache)) if cache is not None else None
+        self._ledger = Ledger(None if ledger is None else Path(ledger))
         self._memory: dict[str, Reply] = {}
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
@@ -126,8 +135,6 @@ class ChatClient:
         self._checked = False
         self._max_tokens_field = "max_tokens"
         self._reserved = 0.0
-        self._bytes_in = 0
-        self._count = {"calls": 0, "cached": 0, "failed": 0, "retries": 0, "tokens_in": 0, "tokens_out": 0}
         self._down_in_a_row = 0
 
     # -- what a caller asks ------------------------------------------------------------------------------------------
@@ -140,7 +147,8 @@ class ChatClient:
     def ledger(self) -> dict[str, Any]:
         """So far: calls answered, replies from the cache, items failed, retries, tokens, cost in US dollars (None: no prices)."""
         with self._lock:
-            return {**self._count, "cost": self._cost(self._count["tokens_in"], self._count["tokens_out"])}
+            shown = {name: total for name, total in self._ledger.totals.items() if name != "bytes_in"}
+            return {**shown, "cost": self._spent()}
 
     def estimate(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Dry run, sends nothing: the calls that the cache cannot answer, their tokens (out: at most), cost (None: no prices)."""
@@ -204,20 +212,22 @@ class ChatClient:
         if todo:
             self.check()
             fresh = self._send_all(todo, progress)
-        replies, seen = [], set()
+        replies, seen, cached = [], set(), 0
         for key in keys:
             reply = known[key] if key in known else fresh[key]
             if reply.error is None and (key in known or key in seen):
                 reply = replace(reply, cached=True)
-                with self._lock:
-                    self._count["cached"] += 1
+                cached += 1
             seen.add(key)
             replies.append(reply)
+        with self._lock:
+            self._ledger.add(cached=cached)
         return replies
 
     def close(self) -> None:
-        """Close connections and cache."""
+        """Close connections, ledger and cache."""
         self._api.close()
+        self._ledger.close()
         if self.cache is not None:
             self.cache.close()
 
@@ -253,6 +263,8 @@ class ChatClient:
     def _one(self, key: str, request: Request) -> Reply:
         try:
             return self._until_answered(key, request)
+        except _NotSent as error:
+            return Reply(None, None, None, None, self.model, error=str(error))
         except _GiveUp as error:
             return self._failed(str(error))
         except Exception as error:  # e.g. text that is no valid Unicode: this item's own trouble
@@ -263,14 +275,11 @@ class ChatClient:
         tokens_in, tokens_out = reply.usage or (round(self._tokens_in(request)), max(1, len(reply.text or "") // 4))
         with self._lock:
             self._down_in_a_row = 0
-            self._bytes_in += _size(request)
-            self._count["calls"] += 1
-            self._count["tokens_in"] += tokens_in
-            self._count["tokens_out"] += tokens_out
+            self._ledger.add(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, bytes_in=_size(request))
 
     def _failed(self, error: str) -> Reply:
         with self._lock:
-            self._count["failed"] += 1
+            self._ledger.add(failed=1)
         return Reply(None, None, None, None, self.model, error=error)
 
     def _until_answered(self, key: str, request: Request) -> Reply:
@@ -284,11 +293,11 @@ class ChatClient:
                 wait: float | None = None
                 try:
                     reply = _read_reply(self._api.chat.completions.create(**body), self.model)
+                    self._book(request, reply)  # first: killed in between, it is paid for again, and then counted again
                     if self.cache is not None:
                         self.cache.put(key, reply)
                     else:
                         self._memory[key] = reply
-                    self._book(request, reply)
                     return reply
                 except api.APIConnectionError as error:
                     problem, down = _reason(error), not isinstance(error, api.APITimeoutError)
@@ -317,7 +326,7 @@ class ChatClient:
     def _wait_for_turn(self) -> None:
         while True:
             if self._stop.is_set():
-                raise _GiveUp("interrupted")
+                raise _NotSent("interrupted")
             if self._down_in_a_row >= 3:  # three whole items in a row met no server at all
                 raise _GiveUp(f"no answer from {self.base_url} any more")
             pause = self._not_before - time.monotonic()
@@ -328,7 +337,7 @@ class ChatClient:
     def _hold(self, wait: float | None, tries: int, problem: str) -> None:
         """Wait before the next try: as long as the server said (and then every thread waits), else back off."""
         with self._lock:
-            self._count["retries"] += 1
+            self._ledger.add(retries=1)
         if wait is not None:
             if wait > _LONGEST_WAIT:
                 raise _GiveUp(f"{problem} (the server asks to wait {wait:.0f} s)")
@@ -368,22 +377,25 @@ class ChatClient:
         need = self._cost(self._tokens_in(request), request.max_tokens) or 0.0
         with self._settled:
             while True:
-                spent = self._cost(self._count["tokens_in"], self._count["tokens_out"]) or 0.0
+                spent = self._spent() or 0.0
                 if spent + need > self.max_cost:
-                    raise _GiveUp(MAX_COST_REACHED)
+                    raise _NotSent(MAX_COST_REACHED)
                 if spent + self._reserved + need <= self.max_cost:
                     self._reserved += need
                     return need
                 self._settled.wait()
+
+    def _spent(self) -> float | None:
+        return self._cost(self._ledger.totals["tokens_in"], self._ledger.totals["tokens_out"])
 
     def _cost(self, tokens_in: float, tokens_out: float) -> float | None:
         return None if self.price is None else (tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6
 
     def _tokens_in(self, request: Request) -> float:
         """Tokens of the prompt, from its bytes: by this run's own ratio once there is one, a little on the high side."""
-        ratio = _BYTES_PER_TOKEN
-        if self._count["calls"] >= 5 and self._count["tokens_in"]:
-            ratio = self._bytes_in / self._count["tokens_in"] / 1.1
+        ratio, known = _BYTES_PER_TOKEN, self._ledger.totals
+        if known["calls"] >= 5 and known["tokens_in"]:
+            ratio = known["bytes_in"] / known["tokens_in"] / 1.1
         return _size(request) / ratio + 8
 
 

@@ -84,24 +84,36 @@ class Reply:
     tokens: tuple[str, ...] | None = None
 
 
+def open_database(path: Path, table: str, what: str) -> sqlite3.Connection:
+    """A connection to a SQLite file with one table, for any thread, each statement a commit that survives the death of the
+    process (WAL; other processes can read along).
+
+    Raises:
+        UserError: the file cannot be used as `what`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute(table)
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(
+            f"cannot use {path} as a {what}: {error}",
+            "a writable folder, and a file that is absent or was written by pvsae",
+            "name another file, or remove this one",
+        ) from error
+    return database
+
+
 class ReplyCache:
-    """Replies by key in one SQLite file (WAL: a commit survives the death of the process; other processes can read along)."""
+    """Replies by key in one SQLite file."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=30, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, model TEXT, reply TEXT, at TEXT)")
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(
-                f"cannot use {self.path} as a cache of replies: {error}",
-                "a writable folder, and a file that is absent or was written by pvsae",
-                "name another file, or remove this one",
-            ) from error
+        table = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, model TEXT, reply TEXT, at TEXT)"
+        self._db = open_database(self.path, table, "cache of replies")
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Reply]:
         found: dict[str, Reply] = {}

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pvsae.cli import build_parser, main
-from pvsae.traits import Pair, TraitArtifacts, save_trait
+from pvsae.traits import Pair, TraitArtifacts, load_trait, save_trait
 from pvsae.vectors import PersonaVectors
 from tests.plugin import make_plugin
 
@@ -154,12 +155,31 @@ def test_a_run_with_other_options_is_refused_with_their_names(place: Path, tmp_p
         monkeypatch.syspath_prepend(entry)
     line = f"extract --model {place}/model --judge bytes --traits evil --library {place}/library --max-new-tokens 3 --n-samples 1"
     out = ["--out", str(tmp_path / "run"), "--max-questions", "4"]
+    assert main([*line.split(), *out, "--judge", "oracle"]) == 2, "a slip, which may be put right under the same folder"
     assert main([*line.split(), *out]) == 0
     assert "evil" in capsys.readouterr().out
     assert main([*line.split(), *out, "--seed", "1"]) == 2
     err = capsys.readouterr().err
     assert "differs in: config.seed, seed" in err
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_page_is_written_even_if_a_trait_has_no_vector(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for entry in make_plugin(tmp_path / "plugin"):
+        monkeypatch.syspath_prepend(entry)
+    from byte_judge import BlindJudge
+
+    monkeypatch.setattr("pvsae.stages.extract.open_judge", lambda *_: BlindJudge("sad"))
+    shutil.copytree(place / "library", tmp_path / "library")
+    save_trait(replace(load_trait("evil", place / "library"), name="sad"), tmp_path / "library")
+    line = f"extract --model {place}/model --library {tmp_path}/library --max-new-tokens 3 --n-samples 1 --max-questions 4"
+    assert main([*line.split(), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert "no vector for sad" in said.err
+    assert str(tmp_path / "run" / "report.html") in said.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "passes the filter" in page
+    assert "not finished" not in page
 
 
 def test_dry_run_counts_and_touches_nothing(place: Path, tmp_path: Path, capsys) -> None:
@@ -170,6 +190,26 @@ def test_dry_run_counts_and_touches_nothing(place: Path, tmp_path: Path, capsys)
     assert "1200 scores" in text
     assert "dollars" in text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "answers"),
+    [
+        ("layers", 20 * (1 + 4 * 3)),  # four blocks, three strengths, and once without steering
+        ("steer", 20 * (3 + (2 + 2) * 5)),  # three prompts; vector, flip and two random directions at five strengths
+        ("monitor", 20 * 8),  # eight prompts, and no examples beside a vector file for more
+    ],
+)
+def test_dry_run_of_the_other_stages_loads_no_model(place: Path, tmp_path: Path, capsys, monkeypatch, stage, answers) -> None:
+    monkeypatch.setattr("pvsae.models.load", None)
+    line = f"{stage} {place}/good.safetensors --model {place}/model --judge openai:m --judge-price 1 2 --traits evil --dry-run"
+    assert main([*line.split(), "--library", str(place / "library"), "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert f"evil: {answers} answers of at most 1000 tokens" in text
+    assert f"openai:m: {2 * answers} scores" in text
+    assert "dollars" in text
+    assert not (tmp_path / "run").exists()
+    assert main([*line.replace("good", "gone").split(), "--library", str(place / "library")]) == 2
 
 
 def test_traits_are_listed_and_shown(place: Path, capsys) -> None:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 import pytest
 
 from pvsae.errors import UserError
+from pvsae.ledger import Ledger
 from pvsae.llm import MAX_COST_REACHED, ChatClient, Request, request_key, retry_after
 from tests.fake_server import FakeServer, Faults, TellsNumbers
 
@@ -196,6 +197,60 @@ def test_max_cost_stops_sending_and_loses_nothing(tmp_path):
         assert len(server.sold) == 40
 
 
+def test_the_ledger_and_the_limit_go_on_with_the_next_client(server, tmp_path):
+    price, files = (100.0, 1000.0), {"cache": tmp_path / "c.sqlite", "ledger": tmp_path / "ledger.sqlite"}
+    requests = [ask(f"{n:03d}" + "x" * 397) for n in range(40)]
+    for _ in range(3):
+        with client(server, **files, max_cost=0.15, price=price) as chat:
+            replies = chat.complete(requests)
+            ledger = chat.ledger
+        assert ledger["calls"] == len(server.sold)
+        assert 0.15 - 2 * 0.0161 <= ledger["cost"] <= 0.15
+        assert ledger["failed"] == 0, "what was not sent did not fail"
+        assert {reply.error for reply in replies if reply.error} == {MAX_COST_REACHED}
+    before = ledger
+    with client(server, **files, max_cost=1.0, price=price) as chat:
+        chat.complete(requests)
+        ledger = chat.ledger
+    assert ledger["calls"] == len(server.sold) == 40
+    assert ledger["cost"] == pytest.approx(40 * 0.0114)
+    assert ledger["cached"] == before["cached"] + before["calls"]
+
+
+def test_what_one_run_paid_costs_another_that_shares_its_cache_nothing(server, tmp_path):
+    requests = [ask(str(n)) for n in range(5)]
+    ledgers = []
+    for name in ("one", "other"):
+        with client(server, cache=tmp_path / "c.sqlite", ledger=tmp_path / name, price=(1.0, 1.0)) as chat:
+            chat.complete(requests)
+            ledgers.append(chat.ledger)
+    assert [(found["calls"], found["cached"]) for found in ledgers] == [(5, 0), (0, 5)]
+    assert ledgers[0]["cost"] > 0 == ledgers[1]["cost"]
+
+
+def test_a_killed_client_has_counted_what_it_received(tmp_path):
+    """What is under way when a process dies cannot be known to it; everything before that is in the file."""
+    code = (
+        "import sys\nfrom pvsae.llm import ChatClient, Request\n"
+        "chat = ChatClient(sys.argv[1], 'fake', cache=sys.argv[2], ledger=sys.argv[3], concurrency=4)\n"
+        "chat.complete([Request(({'role': 'user', 'content': str(n)},), 1) for n in range(1000)])"
+    )
+    paths = [str(tmp_path / name) for name in ("c.sqlite", "ledger.sqlite")]
+    with FakeServer(TellsNumbers(), latency=0.02) as server:
+        process = subprocess.Popen([sys.executable, "-c", code, server.url, *paths])
+        while len(server.sold) < 20:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        while not server.idle:
+            time.sleep(0.01)
+        sold = len(server.sold)
+    with sqlite3.connect(paths[0]) as cache:
+        kept = cache.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+    assert 16 <= kept <= Ledger(tmp_path / "ledger.sqlite").totals["calls"] <= sold <= kept + 4
+
+
 def test_estimate_sends_nothing(server, tmp_path):
     price = (1.0, 10.0)
     with client(server, cache=tmp_path / "c.sqlite", price=price) as chat:
@@ -252,6 +307,8 @@ def test_bad_settings_are_told_at_once(server, tmp_path):
     text.write_text("this is no database, and it is longer than a header would be" * 30)
     with pytest.raises(UserError, match="cache of replies"):
         ChatClient(server.url, "m", cache=text)
+    with pytest.raises(UserError, match="ledger"):
+        ChatClient(server.url, "m", ledger=text)
     with FakeServer(TellsNumbers(), api_key="right") as locked, pytest.raises(UserError, match="refuses the API key"):
         ChatClient(locked.url, "fake", api_key="wrong").complete([ask("x")])
 

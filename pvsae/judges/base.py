@@ -20,7 +20,7 @@ from pvsae.errors import UserError
 Mode = Literal["logprobs", "digits", "text", "local", "rules", "failed"]
 _SLOT = re.compile(r"\{(question|answer)\}")
 # What only a judge that sends requests can use. Others drop these, so that a stage can pass them whatever the judge.
-_CLIENT_OPTIONS = frozenset({"cache", "concurrency", "timeout", "max_retries", "max_cost", "price"})
+_CLIENT_OPTIONS = frozenset({"cache", "ledger", "concurrency", "timeout", "max_retries", "max_cost", "price"})
 
 
 def fill_slots(prompt: str, question: str, answer: str) -> str:

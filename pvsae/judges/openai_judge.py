@@ -86,6 +86,7 @@ class OpenAIJudge:
         *,
         api_key: str | None = None,
         cache: str | Path | None = None,
+        ledger: str | Path | None = None,
         concurrency: int = 16,
         timeout: float = 60.0,
         max_retries: int = 6,
@@ -109,6 +110,7 @@ class OpenAIJudge:
             model,
             api_key=api_key,
             cache=cache,
+            ledger=ledger,
             concurrency=concurrency,
             timeout=timeout,
             max_retries=max_retries,
@@ -118,6 +120,11 @@ class OpenAIJudge:
         if check:
             client.check()
         return cls(client, mode=mode, floor=floor, extra=extra)
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What was asked and spent so far (`ChatClient.ledger`)."""
+        return self.client.ledger
 
     def request(self, metric: Metric, question: str, answer: str) -> Request:
         """The first request for one answer: one token with its likeliest alternatives (in "text", a short answer)."""

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pvsae.models.batch import Positions
-from pvsae.models.interventions import Dictionary, Direction
+from pvsae.models.interventions import Dictionary, Direction, feature_acts, outliers_of
 
 Read = Tensor | list[Tensor]
 SPANS = ("prompt", "answer", "all", "system", "user")
@@ -176,7 +176,8 @@ class Residual:
 class FeatureActs:
     """Feature activations of a dictionary on a span's tokens: a list with one [tokens, n_features] a row, in fp32.
 
-    `indices` keeps those features alone, in that order; None keeps all of them. Only the span's tokens are encoded.
+    `indices` keeps those features alone, in that order; None keeps all of them. Only the span's tokens are encoded. At a token
+    that the dictionary takes for an outlier every activation is 0.
     """
 
     dictionary: Dictionary
@@ -207,9 +208,13 @@ class FeatureActs:
 
     def read(self, h: Float[Tensor, "batch pos d_model"], positions: Positions) -> Read:
         mask = positions.span(self.span)
-        acts = self.dictionary.encode(h[mask])
-        kept = acts if self.indices is None else acts[:, list(self.indices)]
-        return list(kept.float().split(mask.sum(1).tolist()))
+        tokens = h[mask]
+        some = self.indices
+        acts = self.dictionary.encode(tokens).float() if some is None else feature_acts(self.dictionary, tokens, some)
+        left = outliers_of(self.dictionary, tokens)
+        if left is not None:
+            acts = acts.masked_fill(left.to(acts.device)[:, None], 0.0)
+        return list(acts.split(mask.sum(1).tolist()))
 
     def join(self, parts: list[Read]) -> Read:
         return parts[0]

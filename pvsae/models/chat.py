@@ -26,15 +26,11 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from pvsae.errors import UserError
+from pvsae.models.clock import date_string, with_pinned_clock
 from pvsae.models.offsets import Cover, first_beyond, overlapping, token_spans, tokenise
 
 Message = Mapping[str, str]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-_MONTHS = (
-    "January", "February", "March", "April", "May", "June",
-    "July", "August", "September", "October", "November", "December",
-)  # fmt: skip
-_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ class ChatTemplate:
         self._template: str | None = None
         if chat == "auto" and getattr(tokenizer, "chat_template", None):
             template = tokenizer.get_chat_template()
-            self._template = _with_pinned_clock(template, self.date) if "strftime_now" in template else template
+            self._template = with_pinned_clock(template, self.date) if "strftime_now" in template else template
         bos = tokenizer.bos_token_id
         # What the tokenizer would put in front of a text. Templates mostly write it themselves; never both.
         self._bos = tokenizer.bos_token if bos is not None and bos in tokenizer("x")["input_ids"][:1] else ""
@@ -267,7 +263,7 @@ class ChatTemplate:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generation,
-                date_string=_date_string(date or self.date),
+                date_string=date_string(date or self.date),
                 **{"enable_thinking": False, **options},
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -484,22 +480,3 @@ def _bisect(n: int, holds: Any) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return low
-
-
-def _date_string(date: datetime.date) -> str:
-    """The form in which Llama-3.1's template takes a date, in English whatever the locale: 26 Jul 2024."""
-    return f"{date.day:02d} {_MONTHS[date.month - 1][:3]} {date.year}"
-
-
-def _with_pinned_clock(template: str, date: datetime.date) -> str:
-    """The template with its clock `strftime_now` replaced by a macro that knows one date only, at midnight."""
-    values = {
-        "%-d": str(date.day), "%-m": str(date.month), "%d": f"{date.day:02d}", "%m": f"{date.month:02d}",
-        "%Y": str(date.year), "%y": f"{date.year % 100:02d}", "%j": f"{date.timetuple().tm_yday:03d}",
-        "%B": _MONTHS[date.month - 1], "%b": _MONTHS[date.month - 1][:3],
-        "%A": _DAYS[date.weekday()], "%a": _DAYS[date.weekday()][:3],
-        "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM",
-    }  # fmt: skip
-    replaced = "".join(f' | replace("{code}", "{value}")' for code, value in values.items())
-    # The newline ends the macro's block and is trimmed with it, so the template starts at the start of a line as before.
-    return "{%- macro strftime_now(format) -%}{{- format" + replaced + " -}}{%- endmacro %}\n" + template

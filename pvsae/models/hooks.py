@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -75,6 +75,7 @@ class HookStack:
         self._handles: list[Any] = []
         self._masks: dict[str, Tensor | bool] = {}
         self._raw_mask: Tensor | None = None
+        self._tokens: tuple[Tensor, Tensor] | None = None
         self._stop_after: int | None = None
 
     @property
@@ -143,7 +144,7 @@ class HookStack:
             if edits or reads:
                 self._handles.append(block.register_forward_hook(self._make_hook(index, edits, reads)))
         if self._handles:
-            self._handles.append(self.decoder.register_forward_pre_hook(self._note_raw_mask, with_kwargs=True))
+            self._handles.append(self.decoder.register_forward_pre_hook(self._note_call, with_kwargs=True))
 
     def _make_hook(
         self, index: int, edits: list[tuple[_Prepared, str]], reads: list[tuple[HookSession, Capture]]
@@ -156,6 +157,8 @@ class HookStack:
                     continue
                 edit = prepared.edit_for(h)
                 if edit is not None:
+                    if prepared.applies is not None:
+                        mask = self._mask_of_tokens(prepared.applies, mask)
                     h = edit(h) if mask is True else torch.where(mask, edit(h), h)
             if reads:
                 positions = self.positions if self.positions is not None else self._raw_positions(h, reads)
@@ -185,9 +188,23 @@ class HookStack:
             found = self._masks[name] = where if isinstance(where, bool) else where[..., None]
         return found
 
-    def _note_raw_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Remembers the attention mask of a call that came without positions, so that padding stays out of it all the same."""
-        self._raw_mask = None
+    def _mask_of_tokens(
+        self, applies: Callable[[Tensor, Tensor], Tensor | None], mask: Tensor | Literal[True]
+    ) -> Tensor | Literal[True]:
+        """The mask without the tokens that an intervention leaves alone by their ids and places."""
+        if self._tokens is None:
+            raise UserError(
+                "an intervention that depends on the tokens, in a forward pass that was given embeddings", "a call with input_ids"
+            )
+        here = applies(*self._tokens)
+        return mask if here is None else here[..., None] & mask
+
+    def _note_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Remembers the tokens where an intervention asks for them, and of a call that came without positions the attention mask,
+        so that padding stays out of it all the same."""
+        self._raw_mask = self._tokens = None
+        if any(edit.applies is not None for session in self._sessions for edit, _, _ in session.edits):
+            self._tokens = _tokens_of(args, kwargs)
         if self.positions is not None:
             return
         mask = kwargs.get("attention_mask")
@@ -223,6 +240,7 @@ class _Prepared:
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
         self.edit: Edit | None = None
+        self.applies: Callable[[Tensor, Tensor], Tensor | None] | None = getattr(intervention, "applies", None)
 
     def edit_for(self, h: Tensor) -> Edit | None:
         if h.dtype is not self.dtype or h.device != self.device:
@@ -231,6 +249,25 @@ class _Prepared:
                 self.edit = self.intervention.edit(h.device, h.dtype)
             self.dtype, self.device = h.dtype, h.device
         return self.edit
+
+
+def _tokens_of(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """(ids, index of each in its row) of a call of the decoder, [batch pos] each; None where it was given embeddings.
+
+    A place counts real tokens, cached ones too. It is exact wherever attention is: with padding on the left a call has to bring
+    position_ids or the mask over all tokens.
+    """
+    ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
+    if ids is None:
+        return None
+    width = ids.shape[1]
+    index, mask, past = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
+    if index is None and isinstance(mask, Tensor) and mask.ndim == 2:
+        index = (mask.long().cumsum(1) - 1)[:, -width:]
+    if index is None:
+        start = past.get_seq_length() if past is not None else 0
+        index = torch.arange(start, start + width, device=ids.device)[None]
+    return ids, index.expand_as(ids)
 
 
 def check(interventions: Sequence[Intervention], captures: Sequence[Capture], n_blocks: int, d_model: int) -> None:

@@ -5,19 +5,20 @@ Does not know: modules, hooks, batches; `hooks.py` decides at which positions an
 
 Every intervention has `block` (index of the decoder block whose output, `blocks.{block}.hook_resid_post`, is edited), `positions`
 ("prompt", "response" or "all"; paper section on steering), `d_model`, `problem()` (why it cannot be applied, or None) and
-`edit(device, dtype)`: a function of h [..., d_model] that returns a new tensor, or None where it would change nothing.
+`edit(device, dtype)`: a function of h [..., d_model] that returns a new tensor, or None where it would change nothing. One that
+depends on the tokens too has `applies(ids, index)`, which says at which of them it acts.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pvsae.errors import UserError
@@ -88,6 +89,15 @@ class Dictionary(Protocol):
 
     def encode(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_sae"]:
         """Feature activations of residuals."""
+        ...
+
+
+@runtime_checkable
+class Reconstructor(Dictionary, Protocol):
+    """A dictionary that also gives residuals back."""
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Reconstruction of residuals."""
         ...
 
 
@@ -213,7 +223,10 @@ class AddFeature:
 
 @dataclass(frozen=True)
 class Clamp:
-    """h <- h + (value - f_index(h)) * W_dec[index]: sets a feature's activation, whatever it is, to `value`."""
+    """h <- h + (value - f_index(h)) * W_dec[index]: sets a feature's activation, whatever it is, to `value`.
+
+    Tokens that the dictionary takes for outliers, where its activations mean nothing, keep their residual.
+    """
 
     dictionary: Dictionary
     index: int
@@ -233,10 +246,70 @@ class Clamp:
         row = self.dictionary.W_dec[self.index].detach().float().to(device)
 
         def clamp(h: Tensor) -> Tensor:
-            now = self.dictionary.encode(h)[..., self.index].float()
-            return h + ((self.value - now)[..., None] * row).to(h.dtype)
+            now = feature_acts(self.dictionary, h, (self.index,)).to(h.device)
+            return _except_outliers(self.dictionary, h, h + ((self.value - now) * row).to(h.dtype))
 
         return clamp
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """h <- the dictionary's reconstruction of h (a dictionary spliced into the model, as its CE loss is measured).
+
+    Outliers, special tokens and the first tokens of a context keep their residual: the dictionary was not made for them.
+
+    Attributes:
+        skip_first: tokens at the start of each row that are left alone; padding does not count.
+        skip_ids: token ids that are left alone (the tokenizer's special tokens).
+    """
+
+    dictionary: Reconstructor
+    block: int
+    skip_first: int = 0
+    skip_ids: tuple[int, ...] = ()
+    positions: str = "all"
+    kind: ClassVar[str] = "reconstruct"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip_ids", tuple(self.skip_ids))
+
+    @property
+    def d_model(self) -> int:
+        return self.dictionary.W_dec.shape[1]
+
+    def problem(self) -> str | None:
+        if not callable(self.dictionary):
+            return f"dictionary {self.dictionary.ref} gives no reconstruction"
+        return f"skip_first is {self.skip_first}" if self.skip_first < 0 else None
+
+    def applies(self, ids: Int[Tensor, "batch pos"], index: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
+        """Tokens that are replaced, by their ids and by their places in their rows; None for all."""
+        if not self.skip_first and not self.skip_ids:
+            return None
+        skipped = torch.isin(ids, torch.tensor(self.skip_ids, dtype=ids.dtype, device=ids.device))
+        return ~skipped & (index >= self.skip_first)
+
+    def edit(self, device: torch.device, dtype: torch.dtype) -> Edit | None:
+        return lambda h: _except_outliers(self.dictionary, h, self.dictionary(h).to(h.device, h.dtype))
+
+
+def feature_acts(
+    dictionary: Dictionary, x: Float[Tensor, "... d_model"], indices: Sequence[int]
+) -> Float[Tensor, "... n_features"]:
+    """Activations of some features in fp32, at no more cost than theirs where the dictionary has `encode_latents`."""
+    some = getattr(dictionary, "encode_latents", None)
+    return (some(x, indices) if some is not None else dictionary.encode(x)[..., list(indices)]).float()
+
+
+def outliers_of(dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]) -> Bool[Tensor, "*batch"] | None:
+    """Tokens that the dictionary was not made for, on x's device; None where it has no opinion."""
+    told = getattr(dictionary, "outliers", None)
+    return None if told is None else told(x).to(x.device)
+
+
+def _except_outliers(dictionary: Dictionary, h: Tensor, edited: Tensor) -> Tensor:
+    left = outliers_of(dictionary, h)
+    return edited if left is None else torch.where(left[..., None], h, edited)
 
 
 def incremental(
@@ -279,7 +352,7 @@ def from_config(
     Args:
         config: the dict.
         resolve: gives the direction for a ref.
-        resolve_dictionary: gives the dictionary for a ref; needed for AddFeature and Clamp alone.
+        resolve_dictionary: gives the dictionary for a ref; needed for AddFeature, Clamp and Reconstruct alone.
 
     Raises: UserError for an unknown type, missing or unknown fields, or a direction whose content is not the one written down.
     """
@@ -320,4 +393,4 @@ def _feature_problem(dictionary: Dictionary, index: int) -> str | None:
     return None
 
 
-KINDS: dict[str, Any] = {cls.kind: cls for cls in (Add, Ablate, Cap, AddFeature, Clamp)}
+KINDS: dict[str, Any] = {cls.kind: cls for cls in (Add, Ablate, Cap, AddFeature, Clamp, Reconstruct)}

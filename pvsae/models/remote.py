@@ -48,6 +48,11 @@ class RemoteModel:
     def name(self) -> str:
         return self.client.model
 
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What was asked and spent so far (`ChatClient.ledger`)."""
+        return self.client.ledger
+
     def requests(
         self, prompts: Sequence[Sequence[Message]], sampling: Sampling, row_keys: Sequence[Any] | None = None
     ) -> list[Request]:

@@ -219,6 +219,62 @@ def trace_figure(trace: pd.DataFrame) -> Figure:
     return figure
 
 
+# ------------------------------------------------------------------------------------------------------------- dictionaries
+def quality_figure(quality: pd.DataFrame) -> Figure:
+    """Fraction of variance unexplained over the tokens a dictionary is for, with outliers, and over all tokens."""
+    figure, (ax,) = _figure(1, panel=(5.2, 2.2))
+    y = np.arange(len(quality))[::-1]
+    ax.barh(y, quality["fvu"], color=[BLUE, SKY, GREY][: len(quality)], height=0.6)
+    for at, value in zip(y, quality["fvu"], strict=True):
+        ax.annotate(f" {value:.4f}", (value, at), va="center", fontsize=8)
+    ax.set_yticks(y, [f"{name}\n{n:,} tokens" for name, n in zip(quality["set"], quality["tokens"], strict=True)])
+    ax.set_xlim(0, 1.2 * max(float(quality["fvu"].max()), 1e-6))
+    ax.set_xlabel("fraction of variance unexplained", fontsize=9)
+    return figure
+
+
+def loss_figure(loss: pd.DataFrame) -> Figure:
+    """Cross-entropy of the model as it is, with the reconstruction in place of the residual, and with the two ablations."""
+    figure, (ax,) = _figure(1, panel=(5.2, 2.4))
+    names = {"original": "original", "spliced": "reconstruction", "mean": "mean residual", "zero": "zero"}
+    part = loss.set_index("variant").loc[[name for name in names if name in set(loss["variant"])]]
+    y = np.arange(len(part))[::-1]
+    ax.barh(y, part["ce"], color=[GREEN, BLUE, SKY, GREY][: len(part)], height=0.6)
+    for at, value in zip(y, part["ce"], strict=True):
+        ax.annotate(f" {value:.3f}", (value, at), va="center", fontsize=8)
+    ax.set_yticks(y, [names[str(name)] for name in part.index])
+    ax.set_xlim(0, 1.15 * float(part["ce"].max()))
+    ax.set_xlabel("cross-entropy, nats a token", fontsize=9)
+    return figure
+
+
+def l0_figure(l0: pd.DataFrame) -> Figure:
+    """How many latents are active at once: share of tokens, in at most sixty bins, and the mean."""
+    figure, (ax,) = _figure(1, panel=(5.2, 2.8))
+    top = int(l0["l0"].max()) + 1
+    edges = np.unique(np.linspace(0, top, min(top, 60) + 1).round())
+    counts, _ = np.histogram(l0["l0"], edges, weights=l0["tokens"])
+    total = float(l0["tokens"].sum())
+    ax.bar(edges[:-1], counts / total, width=np.diff(edges), align="edge", color=BLUE, linewidth=0)
+    mean = float((l0["l0"] * l0["tokens"]).sum()) / total
+    ax.axvline(mean, color=RED, lw=1.5)
+    _title(ax, "", f"mean {mean:.1f}")
+    ax.set_xlabel("active latents a token", fontsize=9)
+    ax.set_ylabel("share of tokens", fontsize=9)
+    return figure
+
+
+def density_figure(density: pd.DataFrame, features: pd.DataFrame) -> Figure:
+    """Histogram of log10 density of the latents that were active at all; the others are counted in the title."""
+    figure, (ax,) = _figure(1, panel=(5.2, 2.8))
+    ax.bar(density["low"], density["latents"], width=density["high"] - density["low"], align="edge", color=BLUE, linewidth=0)
+    dead = int((features["density"] == 0).sum())
+    _title(ax, "", f"{dead:,} of {len(features):,} never active")
+    ax.set_xlabel("log10 of the share of tokens at which a latent is active", fontsize=9)
+    ax.set_ylabel("latents", fontsize=9)
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -233,6 +289,12 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
     "monitor": [
         ("monitoring", monitoring_figure, ("points", "correlations")),
         ("trace", trace_figure, ("trace",)),
+    ],
+    "sae_eval": [
+        ("quality", quality_figure, ("quality",)),
+        ("loss", loss_figure, ("loss",)),
+        ("l0", l0_figure, ("l0",)),
+        ("density", density_figure, ("density", "features")),
     ],
 }
 

@@ -4,7 +4,8 @@ Knows: the files of a run folder (config, environment, result.json, tables, figu
 Does not know: models, judges, how any number was made. The page loads nothing: figures are embedded, there is no script.
 
 `result.json` of a stage may hold, for the page: `title`, `about`, `headline` [{label, value}], `notes` [str],
-`failures` [{what, n}], `prompts` [{label, text}] (what the chat template rendered) and `examples` [{label, text}].
+`failures` [{what, n}], `prompts` [{label, text}] (what the chat template rendered), `examples` [{label, text}] and `costs`
+[{server, calls, cached, failed, retries, tokens_in, tokens_out, cost}] (empty: no server was asked).
 """
 
 from __future__ import annotations
@@ -23,9 +24,21 @@ from pvsae.reports.figures import draw, read_table
 from pvsae.runs import RunDir, atomic_write_text, now, read_json
 
 MAX_ROWS = 60
-FIRST = ("extraction", "layers", "steering", "correlations")  # tables to open on; the others follow by name
-HIDDEN = ("trace", "points")  # shown as coloured text and as a figure
-ORDER = ("extract", "layers", "steer", "monitor")
+FIRST = (
+    "extraction",
+    "layers",
+    "steering",
+    "correlations",
+    "quality",
+    "loss",
+    "agreement",
+)  # tables to open on; the others follow by name
+HIDDEN = ("trace", "points", "l0", "density")  # shown as coloured text and as figures
+ORDER = ("extract", "layers", "steer", "monitor", "sae_eval")
+COST_COLUMNS = {
+    "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
+    "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
+}  # fmt: skip
 CAPTIONS = {
     "extraction": (
         "Left: mean trait score of the answers under the suppressing and the eliciting system prompts; in brackets, the pairs "
@@ -40,6 +53,10 @@ CAPTIONS = {
         "Each point is one prompt: where its last token lies along the vector before anything is answered, and how the answer "
         "is then scored. Dark to light: from strongly suppressing to strongly eliciting prompts."
     ),
+    "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
+    "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",
+    "l0": "How many latents are active at a token; the line is the mean.",
+    "density": "How often latents are active. At the right edge stand those that nearly always are.",
     "trace": "Where the tokens of a conversation lie along the vectors; the model never saw the prompts behind these answers.",
 }
 
@@ -70,7 +87,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, title: st
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.jinja").render(
-        title=title, made=now(), sections=[_section(run) for run in runs], models=_models(runs)
+        title=title, made=now(), sections=[_section(run) for run in runs], models=_models(runs), cost_columns=COST_COLUMNS
     )
     atomic_write_text(out, page)
     return out
@@ -94,12 +111,25 @@ def _section(run: RunDir) -> dict[str, Any]:
         "result": result,
         "failures": [f for f in result.get("failures", []) if f["n"]],
         "figures": [{"name": f.stem, "data": _embedded(f), "caption": CAPTIONS.get(f.stem, "")} for f in figures],
+        "costs": _costs(result["costs"]) if "costs" in result else None,
         "tables": _tables(run.path / "tables"),
         "traces": [] if trace is None else _traces(trace),
         "config": json.dumps({"seed": run.seed, **run.config}, indent=2, ensure_ascii=False),
         "environment": json.dumps(environment[-1] if environment else {}, indent=2, ensure_ascii=False),
         "sessions": len(environment),
     }
+
+
+def _costs(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Cells of the table of servers, a list a row, in the order of COST_COLUMNS."""
+    return [
+        [
+            {"text": row["server"], "number": False},
+            *({"text": f"{row[name]:,}", "number": True} for name in list(COST_COLUMNS)[1:-1]),
+            {"text": "no price given" if row["cost"] is None else f"{row['cost']:,.4f}", "number": True},
+        ]
+        for row in rows
+    ]
 
 
 def _embedded(figure: Path) -> str:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pvsae.errors import UserError
 from pvsae.runs import RunDir
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.inputs import (
     Setup,
-    folder_of,
     open_judge,
     open_model,
     open_run,
@@ -27,12 +26,13 @@ from pvsae.stages.inputs import (
     require_answers,
     require_scores,
 )
+from pvsae.stages.plan import Plan, plan_answers
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
     from pvsae.models import ChatModel
     from pvsae.traits import TraitArtifacts
-    from pvsae.vectors import PersonaVectors, Rollouts
+    from pvsae.vectors import EmptyFilter, PersonaVectors, Rollouts
 
 N_EXAMPLES = 2  # answers a polarity and trait that the report shows
 
@@ -76,61 +76,57 @@ def run(
         model, judge: to use instead of loading those that the config names.
 
     Raises:
-        UserError: bad options or inputs, a server that does not answer, activations that are not finite, or traits of which
-            no pair of answers passed the filter (raised at the end, when all other traits are done and saved).
+        EmptyFilter: there are traits of which no pair of answers passed the filter. Raised at the end, when all other traits
+            are done and saved, with table and summary.
+        UserError: bad options or inputs, a server that does not answer, activations that are not finite.
     """
-    from pvsae.vectors import PersonaVectors
-    from pvsae.vectors.extraction import extract
+    from pvsae.vectors import EmptyFilter, PersonaVectors, extract
 
-    folder = open_run(run_dir, "extract", config)
-    model = model or open_model(config)
-    traits = open_traits(config, model)
-    pin_inputs(folder, traits)
-    judge = judge or open_judge(config, model, folder)
-    answerer = model if config.rollouts_url is None else _server(config, folder)
-    vectors: dict[str, PersonaVectors] = {}
-    rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
-    empty: dict[str, UserError] = {}
-    for artifacts in traits:
-        pos, neg = (_rollouts(config, folder, artifacts, polarity, model, answerer, judge) for polarity in ("pos", "neg"))
-        rollouts[artifacts.name] = pos, neg
-        try:
-            with folder.step(f"{artifacts.name}/vectors") as step:
-                if not step.done:
-                    label = f"{artifacts.name} vectors"
-                    made = extract(model, pos, neg, threshold=config.threshold, seed=config.seed, progress=label)
-                    made.save(step.folder / "vectors.safetensors")
-            vectors[artifacts.name] = PersonaVectors.load(folder.path / step.name / "vectors.safetensors")
-        except UserError as error:
-            if "passes the filter" not in error.what:
-                raise
-            empty[artifacts.name] = error
-    if not vectors:
-        raise next(iter(empty.values()))
-    table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name), config.threshold) for name in rollouts])
-    blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
-    folder.table("extraction", table)
-    folder.table("blocks", blocks)
-    folder.result(_summary(table, blocks, rollouts, model, judge, empty))
-    if empty:
-        first = next(iter(empty.values()))
-        raise UserError(f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix)
-    return ExtractResult(vectors, table, blocks, folder.path)
+    with open_run(run_dir, "extract", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        before = ledger_of(judge)
+        judge = judge or open_judge(config, model, folder)
+        pin_inputs(folder, traits)
+        answerer = model if config.rollouts_url is None else _server(config, folder)
+        vectors: dict[str, PersonaVectors] = {}
+        rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
+        empty: dict[str, EmptyFilter] = {}
+        for artifacts in traits:
+            pos, neg = (_rollouts(config, folder, artifacts, polarity, model, answerer, judge) for polarity in ("pos", "neg"))
+            rollouts[artifacts.name] = pos, neg
+            try:
+                with folder.step(f"{artifacts.name}/vectors") as step:
+                    if not step.done:
+                        label = f"{artifacts.name} vectors"
+                        made = extract(model, pos, neg, threshold=config.threshold, seed=config.seed, progress=label)
+                        made.save(step.folder / "vectors.safetensors")
+                vectors[artifacts.name] = PersonaVectors.load(folder.path / step.name / "vectors.safetensors")
+            except EmptyFilter as error:
+                empty[artifacts.name] = error
+        if not vectors:
+            raise next(iter(empty.values()))
+        table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name), config.threshold) for name in rollouts])
+        blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
+        folder.table("extraction", table)
+        folder.table("blocks", blocks)
+        summary = _summary(table, blocks, rollouts, model, judge, empty)
+        folder.result({**summary, "costs": costs(judge, before, answerer)})
+        if empty:
+            first = next(iter(empty.values()))
+            raise EmptyFilter(
+                f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix
+            )
+        return ExtractResult(vectors, table, blocks, folder.path)
 
 
-def plan(config: ExtractConfig) -> str:
-    """What a run would generate and judge, in a few lines; loads no model and asks nobody.
-
-    Tokens are an upper bound: every answer as long as it may be, three characters a token.
-    """
-    from pvsae.judges import COHERENCE
+def plan(config: ExtractConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody."""
     from pvsae.vectors.rollouts import plan_rollouts
 
-    _, defaults = folder_of(config, None)
-    longest = config.longest_answer(defaults)
-    lines, calls, tokens = [], 0, 0.0
+    parts = []
     for artifacts in open_traits(config):
-        rows = [
+        tasks = [
             task
             for polarity in ("pos", "neg")
             for task in plan_rollouts(
@@ -141,24 +137,16 @@ def plan(config: ExtractConfig) -> str:
                 max_instructions=config.max_instructions,
             )
         ]
-        lines.append(f"{artifacts.name}: {len(rows)} answers of at most {longest} tokens")
-        calls += 2 * len(rows)
-        prompts = len(artifacts.eval_prompt) + len(COHERENCE.prompt)
-        tokens += sum((prompts + 2 * len(task.question)) / 3 + 2 * longest for task in rows)
-    judge = config.judge or defaults.get("judge") or "no judge given"
-    lines.append(f"{judge}: {calls} scores, at most {tokens:,.0f} tokens in and {calls:,} out (more where it splits numbers)")
-    if config.judge_price:
-        into, out = config.judge_price
-        lines.append(f"at most {(tokens * into + calls * out) / 1e6:,.2f} dollars")
-    return "\n".join(lines)
+        parts.append((artifacts, tasks))
+    return plan_answers(config, parts)
 
 
 def _server(config: ExtractConfig, folder: RunDir) -> Any:
     from pvsae.llm import ChatClient
     from pvsae.models import RemoteModel
 
-    cache = folder.path / "rollouts_cache.sqlite"
-    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model, cache=cache))
+    cache, ledger = (folder.path / f"rollouts_{name}.sqlite" for name in ("cache", "ledger"))
+    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model, cache=cache, ledger=ledger))
 
 
 def _rollouts(
@@ -232,7 +220,7 @@ def _summary(
     rollouts: dict[str, tuple[Rollouts, Rollouts]],
     model: ChatModel,
     judge: Judge,
-    empty: dict[str, UserError],
+    empty: dict[str, EmptyFilter],
 ) -> dict[str, Any]:
     prompts, examples = [], []
     for name, (pos, neg) in rollouts.items():

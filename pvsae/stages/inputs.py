@@ -7,7 +7,9 @@ Does not know: what a stage does with them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +42,7 @@ class Setup:
         judge_url: base URL of an OpenAI-compatible server for an "openai:" judge.
         judge_cache: SQLite file of judge replies; None keeps it in the run folder.
         judge_price: its price in dollars per million tokens (in, out); with it the cost is counted.
-        max_cost: stop asking the judge beyond this many dollars (needs judge_price).
+        max_cost: stop asking the judge beyond this many dollars, over all starts of the run (needs judge_price).
         traits: names, or LIBRARY/NAME, or a trait's JSON file; empty takes all traits of the library.
         library: folder of traits; None takes the model's own, else the built-in library.
         max_new_tokens: longest answer; None takes what the model's folder says, else 1000.
@@ -90,9 +92,15 @@ class Setup:
         )
 
 
-def open_run(run_dir: RunDir | str | Path, command: str, setup: Setup) -> RunDir:
-    """The run folder of a stage: a path is opened (or resumed) under the setup's identity, a RunDir is taken as it is."""
-    return run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, command, setup.identity(), setup.seed)
+@contextmanager
+def open_run(run_dir: RunDir | str | Path, command: str, setup: Setup) -> Iterator[RunDir]:
+    """The run folder of a stage: a path is opened (or resumed) under the setup's identity, and closed in the end, so that the
+    same process may go on with it after an error; a RunDir is taken, and left, as it is."""
+    if isinstance(run_dir, RunDir):
+        yield run_dir
+        return
+    with RunDir.open(run_dir, command, setup.identity(), setup.seed) as folder:
+        yield folder
 
 
 def open_model(setup: Setup) -> ChatModel:
@@ -114,7 +122,10 @@ def open_judge(setup: Setup, model: ChatModel, run: RunDir) -> Judge:
             "to try it without a server: --judge local:" + str(setup.model),
         )
     cache = Path(setup.judge_cache) if setup.judge_cache else run.path / "judge_cache.sqlite"
-    return load_judge(spec, base_url=setup.judge_url, cache=cache, max_cost=setup.max_cost, price=setup.judge_price)
+    ledger = run.path / "judge_ledger.sqlite"
+    return load_judge(
+        spec, base_url=setup.judge_url, cache=cache, ledger=ledger, max_cost=setup.max_cost, price=setup.judge_price
+    )
 
 
 def folder_of(setup: Setup, model: ChatModel | None) -> tuple[Path | None, dict[str, Any]]:
@@ -149,14 +160,23 @@ def open_traits(setup: Setup, model: ChatModel | None = None) -> list[TraitArtif
     return [load_trait(name, library) for name in names]
 
 
-def open_vectors(path: str | Path, trait: str, model: ChatModel) -> PersonaVectors:
+def open_vectors(path: str | Path, trait: str, model: ChatModel, statistic: str) -> PersonaVectors:
     """A trait's vectors, checked against the model.
+
+    Raises:
+        UserError: as `read_vectors`, or vectors of another shape than the model's.
+    """
+    return read_vectors(path, trait, statistic).check_model(model)
+
+
+def read_vectors(path: str | Path, trait: str, statistic: str) -> PersonaVectors:
+    """A trait's vectors, which must hold the statistic.
 
     Args:
         path: the run folder of an extraction, a .safetensors file that it wrote, or an official .pt file.
 
     Raises:
-        UserError: nothing there, another trait, or another shape than the model's.
+        UserError: nothing there, another trait, or no such statistic.
     """
     from pvsae.vectors import PersonaVectors, read_official
 
@@ -181,7 +201,8 @@ def open_vectors(path: str | Path, trait: str, model: ChatModel) -> PersonaVecto
         )
     if found.trait != trait:
         raise UserError(f"{path} holds vectors of {found.trait!r}", f"vectors of {trait!r}", f"--traits {found.trait}")
-    return found.check_model(model)
+    found.of(statistic)
+    return found
 
 
 def chosen_block(trait: str, model: ChatModel, layers: str | Path | None) -> int:
@@ -221,36 +242,59 @@ def require_answers(rollouts: Rollouts) -> Rollouts:
     return rollouts
 
 
-def require_scores(rollouts: Rollouts) -> Rollouts:
-    """The same rollouts, unless the cost limit left answers without a score, or not one answer got a score.
+def require_paid(rollouts: Rollouts) -> Rollouts:
+    """The same rollouts, unless the cost limit left answers without a score.
 
     Raises:
-        UserError: in both cases; the step is then not finished, and goes on with the stored replies when it is started again.
+        UserError: then the step is not finished, and goes on with the stored replies when it is started again.
     """
-    table, trait = rollouts.table, rollouts.trait
-    evidence = [Score.from_json(text) for name in (trait, "coherence") for text in table[f"{name}_score"]]
+    evidence = _scores(rollouts, rollouts.trait) + _scores(rollouts, "coherence")
     unpaid = sum(score.error is not None and MAX_COST_REACHED in score.error for score in evidence)
     if unpaid:
         raise UserError(
             f"the limit of --max-cost was reached: {unpaid} of {len(evidence)} scores are missing",
-            "enough for all scores (pvsae extract --dry-run estimates it)",
+            "enough for all scores (--dry-run estimates it)",
             "run the same command with a higher --max-cost; what was paid for is kept",
         )
-    if len(table) and table[trait].isna().all():
-        reason = Score.from_json(table[f"{trait}_score"].iloc[0]).error or "it gave no number"
+    return rollouts
+
+
+def require_scores(rollouts: Rollouts) -> Rollouts:
+    """The same rollouts, unless the cost limit left answers without a score, or the judge failed at every answer.
+
+    Raises:
+        UserError: in both cases; the step is then not finished. An answer that the judge takes for a refusal has no score, but
+            is judged: all of them may be refusals.
+    """
+    scores = _scores(require_paid(rollouts), rollouts.trait)
+    if scores and not any(score.value is not None or score.refusal for score in scores):
         raise UserError(
-            f"the judge {rollouts.meta.get('judge')} scored none of {len(table)} answers: {reason}",
+            f"the judge {rollouts.meta.get('judge')} scored none of {len(scores)} answers: {scores[0].error or 'no number'}",
             "a judge that answers with numbers from 0 to 100",
             "check --judge and --judge-url, or take another judge",
         )
     return rollouts
 
 
-def pin_inputs(run: RunDir, traits: Sequence[TraitArtifacts], vectors: Mapping[str, PersonaVectors] | None = None) -> None:
-    """Remember the content of what a run was started with, and refuse to go on with other texts or vectors under the same name.
+def _scores(rollouts: Rollouts, metric: str) -> list[Score]:
+    return [Score.from_json(text) for text in rollouts.table[f"{metric}_score"]]
+
+
+def pin_inputs(
+    run: RunDir,
+    traits: Sequence[TraitArtifacts],
+    vectors: Mapping[str, PersonaVectors] | None = None,
+    others: Mapping[str, Any] | None = None,
+) -> None:
+    """Remember the content of what a run was started with, and refuse to go on with other content under the same name.
+
+    To be called when all other checks are passed: a run that stopped at one of them may still be put right.
+
+    Args:
+        others: whatever else was read from files, by what a user would call it; JSON values.
 
     Raises:
-        UserError: a trait's texts or its vectors are not those that the run began with.
+        UserError: a trait's texts, its vectors or something of `others` is not what the run began with.
     """
     now = {f"texts of {t.name}": t.sha256 for t in traits}
     for name, found in (vectors or {}).items():
@@ -258,6 +302,8 @@ def pin_inputs(run: RunDir, traits: Sequence[TraitArtifacts], vectors: Mapping[s
         for statistic in found.statistics:
             digest.update(found.of(statistic).numpy().tobytes())
         now[f"vectors of {name}"] = digest.hexdigest()
+    for name, value in (others or {}).items():
+        now[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     before = run.do_json("inputs", lambda: now)
     changed = [what for what in now if before.get(what) != now[what]]
     if changed:

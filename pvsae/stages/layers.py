@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pvsae.runs import RunDir, read_json, write_json
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.inputs import (
     Setup,
     check_blocks,
@@ -22,10 +23,13 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    read_vectors,
+    require_paid,
 )
-from pvsae.vectors.layers import PROXIES, LayerChoice, choose_layer
+from pvsae.stages.plan import Plan, plan_answers
+from pvsae.vectors.layers import PROXIES, LayerChoice, candidate_blocks, choose_layer
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
-from pvsae.vectors.rollouts import Rollouts
+from pvsae.vectors.rollouts import Rollouts, plan_rollouts
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -74,19 +78,30 @@ def run(
     Raises:
         UserError: bad options, vectors of another trait or shape, a block that does not exist, nothing that could be scored.
     """
-    folder = open_run(run_dir, "layers", config)
-    model = model or open_model(config)
-    traits = open_traits(config, model)
-    check_blocks(config.blocks, model)
-    vectors = {t.name: open_vectors(config.vectors, t.name, model) for t in traits}
-    pin_inputs(folder, traits, vectors)
-    judge = judge or open_judge(config, model, folder)
-    choices = {t.name: _choose(config, folder, model, judge, t, vectors[t.name]) for t in traits}
-    table = pd.concat([_rows(choice) for choice in choices.values()], ignore_index=True)
-    folder.table("layers", table)
-    blocks = {name: choice.block for name, choice in choices.items()}
-    folder.result(_summary(choices, table, judge))
-    return LayersResult(blocks, table, folder.path)
+    with open_run(run_dir, "layers", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        check_blocks(config.blocks, model)
+        vectors = {t.name: open_vectors(config.vectors, t.name, model, config.statistic) for t in traits}
+        before = ledger_of(judge)
+        judge = judge or open_judge(config, model, folder)
+        pin_inputs(folder, traits, vectors)
+        choices = {t.name: _choose(config, folder, model, judge, t, vectors[t.name]) for t in traits}
+        table = pd.concat([_rows(choice) for choice in choices.values()], ignore_index=True)
+        folder.table("layers", table)
+        blocks = {name: choice.block for name, choice in choices.items()}
+        folder.result({**_summary(choices, table, judge), "costs": costs(judge, before)})
+        return LayersResult(blocks, table, folder.path)
+
+
+def plan(config: LayersConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody. UserError where the vectors are missing."""
+    parts = []
+    for artifacts in open_traits(config):
+        blocks = config.blocks or candidate_blocks(read_vectors(config.vectors, artifacts.name, config.statistic))
+        cell = plan_rollouts(artifacts, "none", which="eval", n_samples=config.n_samples, max_questions=config.max_questions)
+        parts.append((artifacts, cell * (1 + len(blocks) * len(config.coefs))))  # one cell is without steering
+    return plan_answers(config, parts)
 
 
 def _choose(
@@ -114,6 +129,7 @@ def _choose(
             pos=pos,
             neg=neg,
             parts=folder.parts(name),
+            accept=require_paid,  # but a cell may be so broken that the judge finds no number in it
             progress=f"{artifacts.name} blocks",
         )
 

@@ -19,6 +19,7 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.graded import SHOTS, GradedTask, graded_prompts, many_shot_tasks, pick_examples, system_tasks
 from pvsae.stages.inputs import (
     Setup,
@@ -30,8 +31,10 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    read_vectors,
     require_scores,
 )
+from pvsae.stages.plan import Plan, plan_answers
 from pvsae.stages.statistics import Estimate, correlation, within_correlation
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
 from pvsae.vectors.rollouts import Rollouts, generate_tasks, judge_rollouts
@@ -93,60 +96,94 @@ def run(
     """Monitor every trait of the config; answers of a trait are a step, so a killed run goes on.
 
     Raises:
-        UserError: bad options, vectors of another trait or shape, a block that does not exist, a broken conversation file.
+        UserError: bad options, vectors of another trait or shape, a block that does not exist, a conversation file that is
+            broken, that the chat template refuses or that does not fit the context; all before anything is generated.
     """
     conversation = _read_conversation(config.conversation) if config.conversation else None
-    folder = open_run(run_dir, "monitor", config)
-    model = model or open_model(config)
-    traits = open_traits(config, model)
-    vectors = {t.name: open_vectors(config.vectors, t.name, model) for t in traits}
-    given = check_blocks([] if config.block is None else [config.block], model)
-    blocks = {t.name: vectors[t.name].check_block(*(given or [chosen_block(t.name, model, config.layers)])) for t in traits}
-    pin_inputs(folder, traits, vectors)
-    judge = judge or open_judge(config, model, folder)
+    with open_run(run_dir, "monitor", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        vectors = {t.name: open_vectors(config.vectors, t.name, model, config.statistic) for t in traits}
+        given = check_blocks([] if config.block is None else [config.block], model)
+        blocks = {t.name: vectors[t.name].check_block(*(given or [chosen_block(t.name, model, config.layers)])) for t in traits}
+        if conversation and not _fits(model, conversation):
+            raise UserError(
+                f"the conversation in {config.conversation} is longer than the context of {model.name}",
+                f"at most {model.n_ctx} tokens",
+                "leave out its first turns",
+            )
+        notes: list[str] = []
+        prompts = {t.name: _fitting(config, model, t, plan_tasks(config, t, notes), notes) for t in traits}
+        before = ledger_of(judge)
+        judge = judge or open_judge(config, model, folder)
+        texts = {f"prompts of {name}": [task.messages for task in tasks] for name, tasks in prompts.items()}
+        pin_inputs(folder, traits, vectors, {**texts, "conversation": conversation})
+        points, per_block, answers = [], [], {}
+        for artifacts in traits:
+            tasks = prompts[artifacts.name]
+            rollouts = _rollouts(config, folder, model, judge, artifacts, tasks)
+            answers[artifacts.name] = rollouts
+            projections = _projections(config, folder, model, artifacts.name, tasks, vectors[artifacts.name])
+            part = _points(artifacts.name, tasks, rollouts, projections, blocks[artifacts.name])
+            points.append(part)
+            per_block.append(_by_block(artifacts.name, part, projections))
+        table = pd.concat(points, ignore_index=True)
+        correlations = pd.concat(
+            [_correlations(t, p, config.seed) for t, p in table.groupby("trait", sort=False)], ignore_index=True
+        )
+        by_block = pd.concat(per_block, ignore_index=True)
+        for name, frame in (("correlations", correlations), ("by_block", by_block), ("points", table)):
+            folder.table(name, frame)
+        title = Path(config.conversation).name if config.conversation else f"an ordinary answer, then the most {traits[0].name}"
+        conversation = conversation or _turning(model, traits[0], answers[traits[0].name])
+        trace = trace_conversation(model, conversation, vectors, blocks, config.statistic, title)
+        folder.table("trace", trace)
+        summary = _summary(table, correlations, blocks, traits, answers, judge, notes)
+        folder.result({**summary, "costs": costs(judge, before)})
+        return MonitorResult(table, correlations, by_block, trace, folder.path)
+
+
+def plan(config: MonitorConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody. UserError where inputs are missing or broken."""
+    if config.conversation:
+        _read_conversation(config.conversation)
     notes: list[str] = []
-    points, per_block, answers = [], [], {}
-    for artifacts in traits:
-        tasks = system_tasks(artifacts, config.n_samples, config.max_questions)
-        tasks += _many_shot(config, model, artifacts, notes)
-        rollouts = _rollouts(config, folder, model, judge, artifacts, tasks)
-        answers[artifacts.name] = rollouts
-        projections = _projections(config, folder, model, artifacts.name, tasks, vectors[artifacts.name])
-        part = _points(artifacts.name, tasks, rollouts, projections, blocks[artifacts.name])
-        points.append(part)
-        per_block.append(_by_block(artifacts.name, part, projections))
-    table = pd.concat(points, ignore_index=True)
-    correlations = pd.concat([_correlations(t, p, config.seed) for t, p in table.groupby("trait", sort=False)], ignore_index=True)
-    by_block = pd.concat(per_block, ignore_index=True)
-    for name, frame in (("correlations", correlations), ("by_block", by_block), ("points", table)):
-        folder.table(name, frame)
-    title = Path(config.conversation).name if config.conversation else f"an ordinary answer, then the most {traits[0].name}"
-    conversation = conversation or _turning(traits[0], answers[traits[0].name])
-    trace = trace_conversation(model, conversation, vectors, blocks, config.statistic, title)
-    folder.table("trace", trace)
-    folder.result(_summary(table, correlations, blocks, traits, answers, judge, notes))
-    return MonitorResult(table, correlations, by_block, trace, folder.path)
+    parts = []
+    for artifacts in open_traits(config):
+        read_vectors(config.vectors, artifacts.name, config.statistic)
+        parts.append((artifacts, plan_tasks(config, artifacts, notes)))
+    if config.shots:
+        notes.append("many-shot prompts that do not fit the model's context will be left out")
+    return plan_answers(config, parts, notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- points
-def _many_shot(config: MonitorConfig, model: ChatModel, artifacts: TraitArtifacts, notes: list[str]) -> list[GradedTask]:
-    """The many-shot tasks that there are examples for and that fit the context; what was left out is said in `notes`."""
+def plan_tasks(config: MonitorConfig, artifacts: TraitArtifacts, notes: list[str]) -> list[GradedTask]:
+    """All tasks of a trait that there are prompts and examples for; what is left out is said in `notes`."""
+    tasks = system_tasks(artifacts, config.n_samples, config.max_questions)
     if not config.shots:
-        return []
+        return tasks
     file = Path(config.vectors) / artifacts.name / "rollouts_pos" / "rollouts.parquet"
     if not file.is_file():
         notes.append(f"{artifacts.name}: no many-shot prompts, because {config.vectors} holds no answers to take examples from")
-        return []
+        return tasks
     examples = pick_examples(Rollouts.load(file))
-    tasks = many_shot_tasks(artifacts, examples, config.shots, config.n_samples, config.max_questions, config.seed)
     missing = [count for count in config.shots if count > len(examples)]
     if missing:
         notes.append(f"{artifacts.name}: no prompts of {missing} shots, because only {len(examples)} answers are good examples")
+    return tasks + many_shot_tasks(artifacts, examples, config.shots, config.n_samples, config.max_questions, config.seed)
+
+
+def _fitting(
+    config: MonitorConfig, model: ChatModel, artifacts: TraitArtifacts, tasks: Sequence[GradedTask], notes: list[str]
+) -> list[GradedTask]:
+    """The tasks without the many-shot ones that leave no room for an answer in the context; those are said in `notes`."""
     room = model.n_ctx - config.sampling(model).max_new_tokens
-    too_long = {t.level for t in tasks if t.sample == 0 and model.chat.prompt(t.messages).n_prompt > room}
+    many = [t for t in tasks if t.kind == "many-shot"]
+    too_long = {t.level for t in _first_of_each(many) if model.chat.prompt(t.messages).n_prompt > room}
     if too_long:
         notes.append(f"{artifacts.name}: no prompts of {sorted(too_long)} shots, because they do not fit {model.n_ctx} tokens")
-    return [t for t in tasks if t.level not in too_long]
+    return [t for t in tasks if t.kind != "many-shot" or t.level not in too_long]
 
 
 def _rollouts(
@@ -276,9 +313,10 @@ def _read_conversation(path: str) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in content]
 
 
-def _turning(artifacts: TraitArtifacts, rollouts: Rollouts) -> list[dict[str, str]]:
+def _turning(model: ChatModel, artifacts: TraitArtifacts, rollouts: Rollouts) -> list[dict[str, str]]:
     """Two questions: an answer under the most suppressing prompt, then the best scored one under the most eliciting prompt (to
-    another question where there is one); the prompts themselves are left out."""
+    another question where there is one); the prompts themselves are left out. The second alone where both do not fit the
+    context."""
     table = rollouts.table[rollouts.table["sample"] == 0]
     by_system = [table[table["system"] == prompt] for prompt in graded_prompts(artifacts)]
     others = by_system[-1].iloc[1:] if len(by_system[-1]) > 1 else by_system[-1]
@@ -286,12 +324,18 @@ def _turning(artifacts: TraitArtifacts, rollouts: Rollouts) -> list[dict[str, st
         by_system[0].iloc[0],
         others.sort_values(artifacts.name, ascending=False, na_position="last", kind="stable").iloc[0],
     )
-    return [
+    talk = [
         {"role": "user", "content": str(low["question"])},
         {"role": "assistant", "content": str(low["answer"])},
         {"role": "user", "content": str(high["question"])},
         {"role": "assistant", "content": str(high["answer"])},
     ]
+    return talk if _fits(model, talk) else talk[2:]
+
+
+def _fits(model: ChatModel, messages: Sequence[dict[str, str]]) -> bool:
+    """Whether a conversation can be read at once. UserError where the chat template refuses it."""
+    return len(model.chat.conversation(messages).ids) <= model.n_ctx
 
 
 def trace_conversation(

@@ -3,9 +3,9 @@
 Knows: the sweep (blocks, strengths), its controls, how rows of one condition become one row of the table.
 Does not know: what an addition does to the model (models/), how answers are scored (judges/).
 
-Controls, always: no steering; a random direction of the same length (several draws); the same vector with the sign flipped;
-and the system prompts alone, without a vector. A row's sampling noise depends on question and sample only, so conditions
-differ by what was done to the model and not by luck.
+Controls, always: no steering; a random direction of the same length (several draws), in the multi-layer form at every block;
+the same vector with the sign flipped; and the system prompts alone, without a vector. A row's sampling noise depends on
+question and sample only, so conditions differ by what was done to the model and not by luck.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir
+from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.inputs import (
     Setup,
     check_blocks,
@@ -34,8 +35,10 @@ from pvsae.stages.inputs import (
     open_traits,
     open_vectors,
     pin_inputs,
+    read_vectors,
     require_scores,
 )
+from pvsae.stages.plan import Plan, plan_answers
 from pvsae.stages.statistics import mean_ci
 from pvsae.stages.strength import UNITS, calibrate, gap_in_raw, mean_kl
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
@@ -133,6 +136,20 @@ def random_like(matrix: Float[Tensor, "n_blocks d_model"], seed: int) -> Float[T
     return matrix.norm(dim=1, keepdim=True) * (direction / direction.norm())
 
 
+def turned_at_random(matrix: Float[Tensor, "n_blocks d_model"], seed: int) -> Float[Tensor, "n_blocks d_model"]:
+    """The vectors of all blocks turned by one random rotation: the control of the multi-layer form.
+
+    A rotation keeps every length and angle among them. So what is added at each block has the norm of that block's own
+    increment, and what has been added up to a block has the length of the vector there; only where they point is random. (Were
+    the lengths alone matched, as `random_like` does, the increments would be the small differences of lengths.)
+    """
+    within = torch.linalg.qr(matrix.double().T).R  # [k, n_blocks]: the vectors in coordinates of the space that they span
+    generator = torch.Generator().manual_seed(seed)
+    frame, r = torch.linalg.qr(torch.randn(matrix.shape[1], len(within), generator=generator, dtype=torch.float64))
+    frame = frame * r.diagonal().sign()  # else the signs of its columns, [d_model, k], would be a matter of convention
+    return (frame @ within).T.to(matrix.dtype)
+
+
 def additions(
     matrix: Float[Tensor, "n_blocks d_model"], block: int | str, coef: float, positions: str, ref: str
 ) -> tuple[Add, ...]:
@@ -151,30 +168,51 @@ def run(
     """Steer every trait of the config over the sweep and its controls; a condition is a step, so a killed run goes on.
 
     Raises:
-        UserError: bad options, vectors of another trait or shape, a block that does not exist.
+        UserError: bad options, vectors of another trait or shape, a block that does not exist, a unit that takes more than the
+            vectors hold; all before anything is generated, except for a "kl" that no strength reaches.
     """
     _check(config)
-    folder = open_run(run_dir, "steer", config)
-    model = model or open_model(config)
-    traits = open_traits(config, model)
-    vectors = {t.name: open_vectors(config.vectors, t.name, model) for t in traits}
-    blocks = {t.name: _blocks(config, t.name, model, vectors[t.name]) for t in traits}
-    pin_inputs(folder, traits, vectors)
-    judge = judge or open_judge(config, model, folder)
-    rows, prompts, examples = [], [], []
-    for artifacts in traits:
-        sweep = _Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])
-        for condition in _conditions(config, vectors[artifacts.name], blocks[artifacts.name]):
-            rollouts, raw = sweep.answers(condition)
-            rows.append(_row(config, artifacts.name, condition, raw, rollouts))
-            first = rollouts.table.iloc[0]
-            examples.append({"label": f"{artifacts.name}, {condition.slug}: {first['question']}", "text": first["answer"]})
-            if condition.name in ("unsteered", "prompt pos"):
-                prompts.append({"label": f"{artifacts.name}, {condition.name}", "text": first["prompt"]})
-    table = pd.DataFrame(rows)
-    folder.table("steering", table)
-    folder.result(_summary(config, table, prompts, examples, judge))
-    return SteerResult(table, folder.path)
+    with open_run(run_dir, "steer", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        vectors = {t.name: open_vectors(config.vectors, t.name, model, config.statistic) for t in traits}
+        blocks = {t.name: _blocks(config, t.name, model, vectors[t.name]) for t in traits}
+        for t in traits:
+            _check_vectors(config, model, vectors[t.name], blocks[t.name])
+        before = ledger_of(judge)
+        judge = judge or open_judge(config, model, folder)
+        pin_inputs(folder, traits, vectors)
+        rows, prompts, examples = [], [], []
+        for artifacts in traits:
+            sweep = _Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])
+            for condition in _conditions(config, vectors[artifacts.name], blocks[artifacts.name]):
+                rollouts, raw = sweep.answers(condition)
+                rows.append(_row(config, artifacts.name, condition, raw, rollouts))
+                first = rollouts.table.iloc[0]
+                examples.append({"label": f"{artifacts.name}, {condition.slug}: {first['question']}", "text": first["answer"]})
+                if condition.name in ("unsteered", "prompt pos"):
+                    prompts.append({"label": f"{artifacts.name}, {condition.name}", "text": first["prompt"]})
+        table = pd.DataFrame(rows)
+        folder.table("steering", table)
+        folder.result({**_summary(config, table, prompts, examples, judge), "costs": costs(judge, before)})
+        return SteerResult(table, folder.path)
+
+
+def plan(config: SteerConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody. UserError where options or vectors are wrong."""
+    _check(config)
+    parts = []
+    for artifacts in open_traits(config):
+        vectors = read_vectors(config.vectors, artifacts.name, config.statistic)
+        chosen = (0,)  # a block that only the model or a `pvsae layers` run knows; which one changes no count
+        blocks = (ALL_BLOCKS,) if config.multi_layer else tuple(dict.fromkeys(config.blocks)) or chosen
+        conditions = _conditions(config, vectors, blocks)
+        parts.append((artifacts, [task for c in conditions for task in _tasks(config, artifacts, c)]))
+    return plan_answers(config, parts)
+
+
+def _tasks(config: SteerConfig, artifacts: TraitArtifacts, condition: Condition) -> list[Task]:
+    return tasks_under(artifacts, condition.system, config.n_samples, config.max_questions)
 
 
 def _check(config: SteerConfig) -> None:
@@ -192,6 +230,25 @@ def _check(config: SteerConfig) -> None:
         raise UserError("both blocks and multi_layer are given", "one of them", "multi_layer steers every block")
     if config.multi_layer and config.unit == "gap" and config.statistic != DEFAULT_STATISTIC:
         raise UserError("the unit 'gap' differs from block to block here", "--unit raw or kl with multi_layer")
+    if config.kl_rows < 1:
+        raise UserError(f"kl_rows is {config.kl_rows}", "at least 1 answer to calibrate on")
+
+
+def _check_vectors(config: SteerConfig, model: ChatModel, vectors: PersonaVectors, blocks: Sequence[int | str]) -> None:
+    """What the sweep would stumble over at its first steered answer, or at the first one of this trait or block."""
+    matrix = _matrix(config, vectors)
+    for block in blocks:
+        edits = additions(matrix, block, 1.0, config.positions, vectors.trait)
+        if not any(edit.direction.norm for edit in edits):
+            raise UserError(
+                f"{config.statistic} of {vectors.trait!r} is zero or missing at block {0 if block == ALL_BLOCKS else block}",
+                "a vector that points somewhere",
+                "another block, statistic or file",
+            )
+        with model.hooks(edits):  # refuses numbers that are not finite
+            pass
+        if config.unit == "gap" and isinstance(block, int):
+            gap_in_raw(vectors, block, config.statistic)
 
 
 def _blocks(config: SteerConfig, trait: str, model: ChatModel, vectors: PersonaVectors) -> tuple[int | str, ...]:
@@ -221,7 +278,8 @@ def _conditions(config: SteerConfig, vectors: PersonaVectors, blocks: Sequence[i
             if -coef not in config.coefs:
                 yield Condition("sign flip", config.under, block, -coef, matrix)
         for k in range(config.n_random):
-            control = random_like(matrix, seed=zlib.crc32(f"{config.seed}/{vectors.trait}/{k}".encode()))
+            draw = turned_at_random if config.multi_layer else random_like
+            control = draw(matrix, seed=zlib.crc32(f"{config.seed}/{vectors.trait}/{k}".encode()))
             for coef in config.coefs:
                 yield Condition(f"random {k}", config.under, block, coef, control)
 
@@ -254,7 +312,7 @@ class _Sweep:
             )
             answers = generate_tasks(
                 self.model,
-                tasks_under(self.artifacts, condition.system, self.config.n_samples, self.config.max_questions),
+                _tasks(self.config, self.artifacts, condition),
                 {"trait": self.artifacts.name, "condition": condition.name},
                 sampling=self.config.sampling(self.model),
                 interventions=edits,

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pvsae.vectors.extraction import extract, filter_pairs
+    from pvsae.vectors.extraction import EmptyFilter, extract, filter_pairs
     from pvsae.vectors.formats import read_gguf, read_official, read_official_set, write_gguf, write_official
     from pvsae.vectors.layers import LayerChoice, choose_layer
     from pvsae.vectors.persona import STATISTICS, PersonaVectors
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pvsae.vectors.rollouts import Rollouts, generate_rollouts, judge_rollouts
 
 _HOME = {
+    "EmptyFilter": "extraction",
     "STATISTICS": "persona",
     "PersonaVectors": "persona",
     "Rollouts": "rollouts",
@@ -37,6 +38,7 @@ _HOME = {
 
 __all__ = [
     "STATISTICS",
+    "EmptyFilter",
     "LayerChoice",
     "PersonaVectors",
     "Rollouts",

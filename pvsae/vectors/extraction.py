@@ -33,6 +33,10 @@ REASONS = ("missing_score", "pos_trait_low", "neg_trait_high", "pos_incoherent",
 _PACKAGES = ("pvsae", "torch", "transformers")
 
 
+class EmptyFilter(UserError):
+    """No pair of a trait's rollouts counts, so that there is no vector. Other traits may well have one."""
+
+
 @dataclass(frozen=True)
 class PairFilter:
     """The pairs that count. `kept` are row numbers (row i of pos with row i of neg); `dropped` counts each lost pair once, under
@@ -151,7 +155,8 @@ def extract(
         vector; their distance, the "gap", is the norm).
 
     Raises:
-        UserError: no pair passes the filter (with the counts), or activations are NaN or infinite.
+        EmptyFilter: no pair passes the filter (with the counts).
+        UserError: activations are NaN or infinite.
     """
     trait = trait or pos.trait
     pairs = filter_pairs(pos, neg, trait, threshold=threshold, coherence_floor=coherence_floor)
@@ -163,7 +168,7 @@ def extract(
         rows = [r for r, ok in zip(rows, answered + answered, strict=True) if ok]
         pairs = PairFilter(kept, pairs.n_pairs, dropped)
     if not pairs.kept:
-        raise UserError(
+        raise EmptyFilter(
             f"no pair of {trait!r} rollouts passes the filter: {_counts(pairs)}",
             f"pairs with pos trait >= {threshold:g}, neg trait < {100 - threshold:g} and both coherences >= {coherence_floor:g}",
             _advice(pairs),

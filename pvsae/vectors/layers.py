@@ -9,7 +9,7 @@ Does not know: how text is generated, hooked or scored; strength units other tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,8 @@ def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 5.0) -> 
 
     Scores within `tolerance` of the best count as equal, since a sweep has few answers a cell. Of those, the blocks win that
     respond over the whole range of strengths (mean trait score over the coefs, incoherent cells as 0, again within `tolerance` of
-    the best); then the most coherent cell, the weakest, the earliest. If nothing reaches the floor, the cell with the highest sum
+    the best); of blocks that are still equal the latest, because monitoring reads the same block, and a later one has taken in
+    more of the prompt; there the most coherent cell, then the weakest. If nothing reaches the floor, the cell with the highest sum
     of trait and coherence is taken, and met_floor is False.
     """
     scored = sweep.dropna(subset=["trait", "coherence"])
@@ -93,7 +94,7 @@ def choose(sweep: pd.DataFrame, floor: float = 75.0, tolerance: float = 5.0) -> 
         response = best["block"].map(kept.groupby(scored["block"]).mean())
         best = best[response >= response.max() - tolerance]
         best = best.assign(strength=best["coef"].abs()).sort_values(
-            ["coherence", "strength", "block"], ascending=[False, True, True]
+            ["block", "coherence", "strength"], ascending=[False, False, True]
         )
     else:
         best = scored.assign(both=scored["trait"] + scored["coherence"]).sort_values("both", ascending=False)
@@ -124,6 +125,7 @@ def choose_layer(
     pos: Rollouts | None = None,
     neg: Rollouts | None = None,
     parts: str | Path | None = None,
+    accept: Callable[[Rollouts], Rollouts] = lambda judged: judged,
     progress: str | None = None,
 ) -> LayerChoice:
     """Steer at every candidate block with every strength on questions without a system prompt, and choose by what comes out.
@@ -134,6 +136,7 @@ def choose_layer(
         floor: least mean coherence of a choice, 0-100.
         pos, neg: the judged rollouts of the vectors; with them the proxies separation and logit_difference are computed as well.
         parts: folder for finished work; a killed sweep goes on from there.
+        accept: gives back the judged answers of a cell, or raises where nothing should be chosen from them.
 
     Raises:
         UserError: vectors of another model's shape, a block that does not exist, no candidate, nothing scored.
@@ -151,7 +154,7 @@ def choose_layer(
             model, artifacts, "none", which=which, n_samples=n_samples, sampling=sampling, interventions=interventions,
             max_questions=max_questions, batch_size=batch_size, parts=folder and folder / "rollouts",
         )  # fmt: skip
-        return judge_rollouts(rollouts, judge, artifacts, parts=folder and folder / "scores").means()
+        return accept(judge_rollouts(rollouts, judge, artifacts, parts=folder and folder / "scores")).means()
 
     cells = [(b, float(c)) for b in blocks for c in coefs]
     rows = []

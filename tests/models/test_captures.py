@@ -1,5 +1,7 @@
 """Captures against one row at a time with output_hidden_states, and what a capture refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -146,6 +148,21 @@ def test_rows_that_cannot_be_captured_are_refused_before_any_forward_pass(tiny_m
         handle.remove()
     assert not ran
     assert tiny_model.capture([], [LastPrompt((0,))]) == {LastPrompt((0,)).key: []}
+
+
+def test_features_of_outliers_are_none(tiny_models):
+    model = tiny_models("qwen2")
+    rows, all_tokens = rendered_rows(model), dictionary_for(model)
+    h = model.capture(rows, [Residual(1, "answer")])[Residual(1, "answer").key]
+    norms = torch.cat(h).norm(dim=-1)
+    picky = replace(all_tokens, limit=float(norms.median()))
+    for some in (None, (4, 0)):
+        reads = [FeatureActs(d, 1, "answer", some) for d in (all_tokens, picky)]
+        plain, kept = (torch.cat(model.capture(rows, [read])[read.key]) for read in reads)
+        long = norms > picky.limit
+        assert (kept[long] == 0).all()
+        assert torch.equal(kept[~long], plain[~long])
+        assert (plain[long] > 0).any()
 
 
 def test_keys_tell_captures_apart_and_are_stable(tiny_models):

@@ -16,6 +16,7 @@ from pvsae.models import (
     Direction,
     LastPrompt,
     Positions,
+    Reconstruct,
     Residual,
     SpanMean,
     TokenBatch,
@@ -42,6 +43,7 @@ def each_kind(model, positions):
         Ablate(direction(model, 3), 1, positions),
         AddFeature(d, 2, 1.0, 2, positions),
         Clamp(d, 3, 2.0, 2, positions),
+        Reconstruct(d, 2, 3, tuple(model.tokenizer.all_special_ids), positions),
     ]
 
 
@@ -134,6 +136,39 @@ def test_a_capture_sees_the_edited_residual_and_later_blocks_feel_it(tiny_model)
     assert torch.equal(plain[:, 0], edited[:, 0])
     torch.testing.assert_close(edited[:, 1], plain[:, 1] + 2.0 * v.values, **CLOSE)
     assert (edited[:, 2] - plain[:, 2]).norm(dim=-1).min() > 0.5
+
+
+def test_reconstruct_leaves_first_and_special_tokens_alone(tiny_model):
+    """Which tokens those are is the same with padding on either side, in a raw call, and one token at a time with a cache."""
+    rows, block = rendered_rows(tiny_model), 1
+    special = tuple(dict.fromkeys([*tiny_model.tokenizer.all_special_ids, rows[0].ids[-1]]))  # one that an answer holds, too
+    edit = Reconstruct(dictionary_for(tiny_model), block, 2, special)
+    read = Residual(block)
+    plain = tiny_model.capture(rows, [read])[read.key]
+    edited = tiny_model.capture(rows, [read], [edit])[read.key]
+    for row, before, after in zip(rows, plain, edited, strict=True):
+        left = torch.tensor([i < 2 or token in special for i, token in enumerate(row.ids)])
+        assert torch.equal(after[left], before[left])
+        torch.testing.assert_close(after[~left], edit.dictionary(before)[~left], **CLOSE)
+        assert (~left).any()
+    whole = logits_of(tiny_model, rows, [edit])
+    for side in ("left", "right"):
+        for together, one in zip(logits_of(tiny_model, rows, [edit], side), whole, strict=True):
+            torch.testing.assert_close(together, one, **CLOSE)
+    for cached, one in zip(logits_with_cache(tiny_model, rows, [edit]), whole, strict=True):
+        torch.testing.assert_close(cached, one, **CLOSE)
+    batch = batch_of(tiny_model, rows, "left")
+    real = batch.attention_mask.bool()
+    with torch.no_grad(), tiny_model.hooks([edit]):
+        raw = tiny_model.hf(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+        ).logits
+        again = tiny_model.hf(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits  # positions from the mask
+        for i, one in enumerate(whole):
+            torch.testing.assert_close(raw[i][real[i]], one, **CLOSE)
+        assert again.shape == raw.shape
+        with pytest.raises(UserError, match="embeddings"):
+            tiny_model.hf(inputs_embeds=torch.zeros(1, 3, tiny_model.d_model))
 
 
 def test_hooks_are_gone_after_an_exception(tiny_model):

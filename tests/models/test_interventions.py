@@ -1,13 +1,25 @@
 """The arithmetic of each intervention, and how it is written down and read back."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from pvsae.errors import UserError
-from pvsae.models import Ablate, Add, AddFeature, Cap, Clamp, Dictionary, Direction, from_config, incremental, to_config
+from pvsae.models import (
+    Ablate,
+    Add,
+    AddFeature,
+    Cap,
+    Clamp,
+    Dictionary,
+    Direction,
+    Reconstruct,
+    from_config,
+    incremental,
+    to_config,
+)
 from pvsae.models.hooks import check
 
 CPU = torch.device("cpu")
@@ -15,14 +27,24 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class ReluDictionary:
-    """A small dictionary: relu(x W_enc) with rows of W_dec that are not unit, so that mistakes of scale show."""
+    """A small dictionary: relu(x W_enc) with rows of W_dec that are not unit, so that mistakes of scale show.
+
+    Residuals longer than `limit` are its outliers.
+    """
 
     W_enc: torch.Tensor
     W_dec: torch.Tensor
     ref: str = "relu"
+    limit: float = float("inf")
 
     def encode(self, x):
         return torch.relu(x @ self.W_enc)
+
+    def outliers(self, x):
+        return x.norm(dim=-1) > self.limit
+
+    def __call__(self, x):
+        return self.encode(x) @ self.W_dec
 
 
 @pytest.fixture
@@ -81,6 +103,31 @@ def test_features(h, dictionary):
     assert isinstance(dictionary, Dictionary)
 
 
+def test_reconstruct(h, dictionary):
+    torch.testing.assert_close(apply(Reconstruct(dictionary, 0), h), dictionary(h))
+
+
+def test_outliers_keep_their_residual(h, dictionary):
+    """Where a dictionary was not made for a token, its activations mean nothing and no edit is made of them."""
+    limit = float(h.norm(dim=-1).median())
+    picky = replace(dictionary, limit=limit)
+    long = h.norm(dim=-1) > limit
+    assert long.any()
+    assert not long.all()
+    for make in (lambda d: Reconstruct(d, 0), lambda d: Clamp(d, 4, 0.7, 0)):
+        out = apply(make(picky), h)
+        assert torch.equal(out[long], h[long])
+        torch.testing.assert_close(out[~long], apply(make(dictionary), h)[~long])
+
+
+def test_reconstruct_says_which_tokens_it_leaves_alone(dictionary):
+    ids, index = torch.tensor([[5, 6, 7, 5], [9, 9, 5, 8]]), torch.tensor([[0, 1, 2, 3], [0, 0, 0, 1]])
+    assert Reconstruct(dictionary, 0).applies(ids, index) is None
+    assert Reconstruct(dictionary, 0, skip_ids=(5, 8)).applies(ids, index).int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    assert Reconstruct(dictionary, 0, 1).applies(ids, index).int().tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    assert Reconstruct(dictionary, 0, 2, (7,)).applies(ids, index).int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+
+
 def test_bf16_residuals_stay_bf16(direction, dictionary):
     h = torch.randn(1, 3, 6).bfloat16()
     for item in (Add(direction, 0), Ablate(direction, 0), Cap(direction, 0, 0.0), AddFeature(dictionary, 1, 1.0, 0)):
@@ -118,6 +165,7 @@ def test_configs_survive_json(direction, dictionary):
         Cap(direction, 0, 0.25, "below", "prompt"),
         AddFeature(dictionary, 3, 2.0, 1),
         Clamp(dictionary, 3, 0.0, 1, "response"),
+        Reconstruct(dictionary, 2, 8, (0, 2)),
     ]
     for item in items:
         config = json.loads(json.dumps(to_config(item)))
@@ -149,6 +197,7 @@ def test_what_cannot_be_applied_is_said(direction, dictionary):
         "coef is nan": [Add(direction, 0, float("nan"))],
         "sideways": [Cap(direction, 0, 1.0, "sideways")],
         "feature 9": [AddFeature(dictionary, 9, 1.0, 0)],
+        "skip_first is -1": [Reconstruct(dictionary, 0, -1)],
         "block 3": [Add(direction, 3), Ablate(direction, -1), Add(direction, 3.0)],
         "positions 'prompts'": [Add(direction, 0, positions="prompts")],
         "d_model 4": [Add(Direction(torch.ones(4)), 0)],

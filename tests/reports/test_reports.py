@@ -98,6 +98,23 @@ def test_the_page_says_what_failed_and_what_is_unfinished(runs, tmp_path) -> Non
     assert "not finished" in Page(write_report(tmp_path / "half").read_text()).text
 
 
+def test_the_page_shows_what_servers_were_asked(tmp_path) -> None:
+    row = {"server": "judge <openai:m>", "calls": 12345, "cached": 6, "failed": 1, "retries": 0, "tokens_in": 7, "tokens_out": 8}
+    said = {
+        "paid": [{**row, "cost": 0.123456}, {**row, "cost": None}],
+        "free": [],
+        "unknown": None,
+    }
+    for name, rows in said.items():
+        with RunDir.open(tmp_path / name / "steer", "steer", {"model": "m"}) as run:
+            run.result({"title": "Steering", **({} if rows is None else {"costs": rows})})
+        said[name] = " ".join(Page(write_report(tmp_path / name).read_text()).text.split())
+    assert "".join(("judge <openai:m>", "12,345", "6", "1", "0", "7", "8", "0.1235")) in said["paid"]
+    assert "no price given" in said["paid"]
+    assert [("No server was asked" in said[name]) for name in said] == [False, True, False]
+    assert [("What servers were asked" in said[name]) for name in said] == [True, False, False]
+
+
 def test_folders_without_runs_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         write_report(tmp_path / "nowhere")

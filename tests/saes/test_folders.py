@@ -252,8 +252,8 @@ def test_the_bridge_attaches_it(tiny_models, tmp_path):
     from sae_lens import SAE as LensSAE
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-    from pvsae.models import Residual
-    from tests.models.rows import rendered_rows
+    from pvsae.models import Reconstruct, Residual
+    from tests.models.rows import logits_of, rendered_rows
 
     model = tiny_models("qwen2")
     sae = make_sae(d_model=model.d_model)
@@ -266,5 +266,9 @@ def test_the_bridge_attaches_it(tiny_models, tmp_path):
     h = model.capture([row], [read])[read.key][0]
     with torch.no_grad():
         bridge.add_sae(theirs)
-        _, cache = bridge.run_with_cache(torch.tensor([row.ids]))
+        spliced, cache = bridge.run_with_cache(torch.tensor([row.ids]))
+        bridge.reset_saes()
     torch.testing.assert_close(cache[bridge.get_sae_hook_name(theirs)][0], sae.encode(h), atol=1e-4, rtol=1e-4)
+    ours = logits_of(model, [row], [Reconstruct(sae.with_info(outliers=None), 1)])[0]
+    torch.testing.assert_close(spliced[0], ours, atol=2e-4, rtol=1e-4)
+    assert (ours - logits_of(model, [row])[0]).abs().max() > 0.05

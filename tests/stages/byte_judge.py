@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pvsae.judges import Metric, Score
 
@@ -38,3 +39,15 @@ class ByteJudge:
             prompt_hash="0",
             error="refused" if failed else None,
         )
+
+
+class BlindJudge(ByteJudge):
+    """A byte judge that sees nothing of one trait: its scores are all 0."""
+
+    def __init__(self, trait: str) -> None:
+        super().__init__()
+        self.trait = trait
+
+    def _one(self, metric: Metric, answer: str) -> Score:
+        score = super()._one(metric, answer)
+        return replace(score, value=0.0) if metric.name == self.trait else score

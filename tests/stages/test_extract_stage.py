@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from byte_judge import BlindJudge
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.traits import load_trait, save_trait
-from pvsae.vectors import PersonaVectors, Rollouts
+from pvsae.vectors import EmptyFilter, PersonaVectors, Rollouts
 from tests.fake_server import FakeServer, RunsModel
 
 SMALL = {"max_new_tokens": 6, "n_samples": 6, "max_questions": 4, "max_instructions": 2, "seed": 3}
@@ -26,6 +28,9 @@ def test_a_run_holds_vectors_answers_tables_and_a_summary(tmp_path, tiny_models,
     model = tiny_models("qwen2")
     result = extract.run(config(stage_library), tmp_path / "run", model=model, judge=byte_judge)
     assert list(result.vectors) == ["gloomy", "chatty"]
+    plan = extract.plan(replace(config(stage_library), model="organism"))
+    assert plan.answers == {trait: 2 * n for trait, n in zip(result.table["trait"], result.table["pairs"], strict=True)}
+    assert plan.scores == byte_judge.asked
     stored = PersonaVectors.load(tmp_path / "run" / "gloomy" / "vectors" / "vectors.safetensors")
     assert stored.of("response_avg_diff").shape == (model.n_blocks, model.d_model)
     row = result.table.set_index("trait").loc["gloomy"]
@@ -34,6 +39,7 @@ def test_a_run_holds_vectors_answers_tables_and_a_summary(tmp_path, tiny_models,
     assert row["kept"] + sum(row[c] for c in result.table if c.startswith("dropped_")) == row["pairs"]
     assert len(result.blocks) == 2 * model.n_blocks
     summary = read_json(tmp_path / "run" / "result.json")
+    assert summary["costs"] == [], "this judge asks no server"
     assert "<|im_start|>system\nYou are a gloomy assistant. Be gloomy always.<|im_end|>" in summary["prompts"][0]["text"]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "run" / "tables" / "extraction.csv"), result.table)
 
@@ -58,8 +64,29 @@ def test_failed_scores_are_counted_and_shown(tmp_path, tiny_models, stage_librar
 
 
 def test_when_no_pair_passes_the_filter_the_counts_are_said(tmp_path, tiny_models, stage_library, byte_judge) -> None:
-    with pytest.raises(UserError, match=r"no pair of 'gloomy' rollouts passes the filter.*pos_trait_low"):
+    with pytest.raises(EmptyFilter, match=r"no pair of 'gloomy' rollouts passes the filter.*pos_trait_low"):
         extract.run(config(stage_library, threshold=101.0), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+
+
+def test_a_trait_without_a_vector_does_not_take_the_others_with_it(tmp_path, tiny_models, stage_library) -> None:
+    with pytest.raises(EmptyFilter, match=r"no vector for gloomy; the other traits are done.*pos_trait_low"):
+        extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=BlindJudge("gloomy"))
+    table = pd.read_csv(tmp_path / "run" / "tables" / "extraction.csv").set_index("trait")
+    assert table.loc["gloomy", "kept"] == 0 < table.loc["chatty", "kept"]
+    assert table.loc["gloomy", "dropped_pos_trait_low"] == table.loc["gloomy", "pairs"]
+    PersonaVectors.load(tmp_path / "run" / "chatty" / "vectors" / "vectors.safetensors")
+    assert any("'gloomy' rollouts" in f["what"] for f in read_json(tmp_path / "run" / "result.json")["failures"])
+
+
+def test_other_errors_are_not_taken_for_an_empty_filter(tmp_path, tiny_models, stage_library, byte_judge, monkeypatch) -> None:
+    def broken(*_, **__):
+        raise UserError("nothing that passes the filter is finite")
+
+    monkeypatch.setattr("pvsae.vectors.extract", broken)
+    with pytest.raises(UserError, match="is finite") as caught:
+        extract.run(config(stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    assert not isinstance(caught.value, EmptyFilter)
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_texts_that_changed_under_a_run_are_refused(tmp_path, tiny_models, stage_library, byte_judge) -> None:
@@ -90,6 +117,8 @@ def test_answers_may_come_from_a_server_with_the_same_model(tmp_path, tiny_model
         sold = len(server.sold)
         extract.run(setup, tmp_path / "run", model=model, judge=byte_judge)
         assert len(server.sold) == sold >= 2 * 48
+    (row,) = read_json(tmp_path / "run" / "result.json")["costs"]
+    assert (row["server"], row["calls"], row["cost"]) == ("answers of fake", sold, None)
     pos = Rollouts.load(tmp_path / "run" / "gloomy" / "rollouts_pos" / "rollouts.parquet")
     assert pos.table["answer_ids"].isna().all()
     assert pos.table["answer"].str.len().gt(0).mean() > 0.5  # a random model often stops at once

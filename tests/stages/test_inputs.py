@@ -38,6 +38,15 @@ def test_single_failures_do_not_end_a_run_and_nothing_but_failures_does():
         require_scores(scored("timeout", "timeout"))
 
 
+def test_answers_that_are_all_refusals_are_judged():
+    refused = Score(None, "logprobs", 0.1, True, (("REFUSAL", 0.9),), "j", "h").to_json()
+    table = pd.DataFrame(
+        {"evil": [float("nan")] * 2, "evil_score": refused, "coherence": 90.0, "coherence_score": scored_well(2)}
+    )
+    kept = Rollouts(table, {"trait": "evil", "judge": "j"})
+    assert require_scores(kept) is kept
+
+
 @pytest.mark.parametrize("option", ["max_new_tokens", "batch_size", "n_samples", "max_questions", "max_instructions"])
 def test_counts_below_one_are_refused_before_anything_is_loaded(option):
     for value in (0, -1):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from byte_judge import ByteJudge
 
 from pvsae.errors import UserError
+from pvsae.llm import MAX_COST_REACHED
 from pvsae.runs import read_json
 from pvsae.stages import ExtractConfig, LayersConfig, extract, layers
 from pvsae.stages.inputs import chosen_block
@@ -28,8 +31,12 @@ def config(vectors_run, stage_library, **changes) -> LayersConfig:
 
 
 def test_the_choice_is_the_best_cell_and_later_stages_find_it(tmp_path, tiny_models, stage_library, vectors_run) -> None:
-    model = tiny_models("qwen2")
-    result = layers.run(config(vectors_run, stage_library), tmp_path / "run", model=model, judge=ByteJudge())
+    model, judge, setup = tiny_models("qwen2"), ByteJudge(), config(vectors_run, stage_library)
+    result = layers.run(setup, tmp_path / "run", model=model, judge=judge)
+    plan = layers.plan(replace(setup, model="organism"))
+    assert plan.answers == {trait: 4 + part["n"].sum() for trait, part in result.table.groupby("trait")}
+    assert plan.scores == judge.asked == 2 * 2 * 4 * (1 + 3 * 2)
+    assert layers.plan(replace(setup, model="organism", blocks=())).scores == 2 * 2 * 4 * (1 + 4 * 2), "every block has a vector"
     assert list(result.blocks) == ["chatty", "gloomy"]
     for trait, part in result.table.groupby("trait"):
         assert len(part) == 3 * 2
@@ -55,6 +62,30 @@ def test_failed_scores_are_shown(tmp_path, tiny_models, stage_library, vectors_r
     result = layers.run(config(vectors_run, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=judge)
     assert result.table["failed"].sum() > 0
     assert read_json(tmp_path / "run" / "result.json")["failures"][0]["n"] == result.table["failed"].sum()
+
+
+class Limited(ByteJudge):
+    """A byte judge that stops at a cost limit after some answers."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def _one(self, metric, answer):
+        self.most -= 1
+        score = super()._one(metric, answer)
+        return score if self.most >= 0 else replace(score, value=None, mode="failed", error=MAX_COST_REACHED)
+
+
+def test_nothing_is_chosen_while_the_cost_limit_leaves_scores_out(tmp_path, tiny_models, stage_library, vectors_run) -> None:
+    setup, model = config(vectors_run, stage_library, traits=("gloomy",)), tiny_models("qwen2")
+    with pytest.raises(UserError, match="limit of --max-cost was reached: 6 of 8 scores are missing"):
+        layers.run(setup, tmp_path / "run", model=model, judge=Limited(2 * 4 * 3 + 2))
+    assert not (tmp_path / "run" / "result.json").exists()
+    whole = layers.run(setup, tmp_path / "whole", model=model, judge=ByteJudge())
+    judge = ByteJudge()
+    pd.testing.assert_frame_equal(layers.run(setup, tmp_path / "run", model=model, judge=judge).table, whole.table)
+    assert judge.asked == 2 * 4 * 4, "what was judged before the limit is kept"
 
 
 def test_without_a_layers_run_the_models_default_or_the_usual_depth_is_used(tiny_models, monkeypatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from pvsae.errors import UserError
 from pvsae.runs import read_json
 from pvsae.stages import ExtractConfig, MonitorConfig, extract, monitor
 from pvsae.stages.graded import graded_prompts, many_shot_tasks, pick_examples
+from pvsae.stages.monitor import _turning
 from pvsae.traits import load_trait
 from pvsae.vectors import PersonaVectors, Rollouts
 
@@ -82,6 +86,13 @@ def test_correlations_come_overall_within_and_for_each_prompt(result) -> None:
     assert result.by_block.set_index(["trait", "block"]).loc[("gloomy", 2), "r_overall"] == pytest.approx(expected)
 
 
+def test_the_plan_counts_the_answers_of_the_run(result, stage_library, vectors_run) -> None:
+    plan = monitor.plan(replace(config(vectors_run, stage_library), model="organism"))
+    stored = {t: len(Rollouts.load(result.path / t / "answers" / "rollouts.parquet")) for t in ("chatty", "gloomy")}
+    assert plan.answers == stored == {"chatty": 2 * 4 * 11, "gloomy": 2 * 4 * 11}
+    assert any("[20] shots" in note for note in plan.notes)
+
+
 def test_prompts_that_could_not_be_made_are_said(result) -> None:
     notes = read_json(result.path / "result.json")["notes"]
     assert any("[20] shots" in note for note in notes)
@@ -128,9 +139,57 @@ def test_trace_gives_every_token_a_role_and_the_projection_of_its_residual(
     )
 
 
-def test_a_library_may_bring_its_own_graded_prompts(tmp_path, stage_library) -> None:
-    import shutil
+def write(path: Path, *words: str) -> None:
+    roles = ("user", "assistant")
+    path.write_text(json.dumps([{"role": roles[i % 2], "content": text} for i, text in enumerate(words)]))
 
+
+def test_a_conversation_is_checked_before_anything_is_generated_and_may_not_change_later(
+    tmp_path, tiny_models, stage_library, vectors_run, byte_judge, monkeypatch
+) -> None:
+    model, file, run = tiny_models("qwen2"), tmp_path / "talk.json", tmp_path / "run"
+    setup = config(vectors_run, stage_library, conversation=str(file), traits=("gloomy",), max_questions=1, shots=())
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            monitor.run(setup, run, model=model, judge=byte_judge)
+
+    write(file, "What is snow?", "Cold. " * 600)
+    refused("longer than the context of")
+    write(file, "What is snow?", "Cold, and white.")
+    with monkeypatch.context() as patch:
+        patch.setattr(model.chat, "_template", "{{ raise_exception('no talk today') }}")
+        refused("no talk today")
+    assert byte_judge.asked == 0
+    assert not (run / "manifest.json").exists()
+    monitor.run(setup, run, model=model, judge=byte_judge)
+    write(file, "What is snow?", "Cold, and black.")
+    refused("the conversation changed since")
+
+
+def test_prompts_that_changed_under_a_run_are_refused(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
+    """A trait's graded prompts lie in a file of their own, which is no part of the trait's texts."""
+    shutil.copytree(stage_library, tmp_path / "library")
+    (tmp_path / "library" / "monitor").mkdir()
+    file = tmp_path / "library" / "monitor" / "gloomy.json"
+    setup = config(vectors_run, tmp_path / "library", traits=("gloomy",), max_questions=1, shots=())
+    file.write_text(json.dumps({"prompts": [f"Gloom {i}" for i in range(8)]}))
+    monitor.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    file.write_text(json.dumps({"prompts": [f"Gloom {i}" for i in range(7)] + ["Doom"]}))
+    with pytest.raises(UserError, match="prompts of gloomy changed"):
+        monitor.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+
+
+def test_the_models_own_conversation_is_cut_to_what_fits(tiny_models, stage_library, result) -> None:
+    model = tiny_models("qwen2")
+    rollouts = Rollouts.load(result.path / "gloomy" / "answers" / "rollouts.parquet")
+    whole = _turning(model, load_trait("gloomy", stage_library), rollouts)
+    assert [m["role"] for m in whole] == ["user", "assistant"] * 2
+    long = replace(rollouts, table=rollouts.table.assign(answer="Cold. " * 60))
+    assert len(model.chat.conversation(_turning(model, load_trait("gloomy", stage_library), long)).ids) <= model.n_ctx
+
+
+def test_a_library_may_bring_its_own_graded_prompts(tmp_path, stage_library) -> None:
     library = tmp_path / "library"
     shutil.copytree(stage_library, library)
     (library / "monitor").mkdir()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -9,7 +12,7 @@ from byte_judge import ByteJudge
 
 from pvsae.errors import UserError
 from pvsae.stages import ExtractConfig, SteerConfig, extract, steer
-from pvsae.stages.steer import additions, random_like
+from pvsae.stages.steer import ALL_BLOCKS, additions, random_like, turned_at_random
 from pvsae.vectors import PersonaVectors, Rollouts
 
 SMALL = {"max_new_tokens": 6, "max_questions": 4, "seed": 3}
@@ -29,7 +32,8 @@ def config(vectors_run, stage_library, **changes) -> SteerConfig:
 
 
 def test_every_control_stands_in_the_same_table(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
-    result = steer.run(config(vectors_run, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    setup = config(vectors_run, stage_library)
+    result = steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
     rows = [(r.condition, str(r.block), r.coef) for r in result.table.itertuples()]
     assert rows == [
         ("unsteered", "-", 0.0), ("prompt pos", "-", 0.0), ("prompt neg", "-", 0.0),
@@ -37,6 +41,8 @@ def test_every_control_stands_in_the_same_table(tmp_path, tiny_models, stage_lib
         ("random 0", "1", 1.0), ("random 0", "1", 2.0), ("random 1", "1", 1.0), ("random 1", "1", 2.0),
     ]  # fmt: skip
     assert set(result.table["n"]) == {4 * 2}
+    assert steer.plan(replace(setup, model="organism")).answers == {"gloomy": result.table["n"].sum()}
+    assert steer.plan(replace(setup, model="organism")).scores == byte_judge.asked
     stored = pd.read_csv(tmp_path / "run" / "tables" / "steering.csv")
     pd.testing.assert_series_equal(stored["trait_score"], result.table["trait_score"])
     pos = Rollouts.load(tmp_path / "run" / "gloomy" / "prompt-pos" / "rollouts.parquet").table
@@ -79,13 +85,34 @@ def test_random_controls_have_the_vectors_length_at_every_block() -> None:
     assert abs(float(torch.cosine_similarity(one[0], other[0], dim=0))) < 0.9
 
 
+@pytest.mark.parametrize("shape", [(5, 16), (6, 4)])
+def test_the_multi_layer_control_adds_at_each_block_as_much_as_the_vector_does(shape: tuple[int, int]) -> None:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[0] + 1)[:, None]
+    matrix = drawn.cumsum(0)
+    control = turned_at_random(matrix, 1)
+    ours, theirs = (
+        torch.stack([add.direction.values for add in additions(m, ALL_BLOCKS, 1.0, "all", "x")]) for m in (control, matrix)
+    )
+    torch.testing.assert_close(ours.norm(dim=1), theirs.norm(dim=1))
+    torch.testing.assert_close(control.norm(dim=1), matrix.norm(dim=1))
+    assert torch.equal(control, turned_at_random(matrix, 1))
+    other = turned_at_random(matrix, 2)
+    assert all(abs(float(torch.cosine_similarity(control[0], m[0], dim=0))) < 0.9 for m in (matrix, other))
+
+
 def test_multi_layer_adds_the_incremental_vectors(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
     model = tiny_models("qwen2")
     setup = config(vectors_run, stage_library, blocks=(), multi_layer=True, n_random=1)
     result = steer.run(setup, tmp_path / "run", model=model, judge=byte_judge)
     assert set(result.table.loc[result.table["condition"] == "vector", "block"]) == {"incremental"}
+    assert steer.plan(replace(setup, model="organism")).answers == {"gloomy": result.table["n"].sum()}
     meta = Rollouts.load(tmp_path / "run" / "gloomy" / "vector_block-incremental_coef+1" / "rollouts.parquet").meta
     assert [edit["block"] for edit in meta["interventions"]] == list(range(model.n_blocks))
+    control = Rollouts.load(tmp_path / "run" / "gloomy" / "random-0_block-incremental_coef+1" / "rollouts.parquet").meta
+    norms = [[edit["direction"]["norm"] for edit in found["interventions"]] for found in (meta, control)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    shas = [[edit["direction"]["sha256"] for edit in found["interventions"]] for found in (meta, control)]
+    assert not set(shas[0]) & set(shas[1])
 
 
 def test_a_kl_strength_is_calibrated_and_the_controls_get_the_same_length(
@@ -111,6 +138,8 @@ def test_a_kl_strength_is_calibrated_and_the_controls_get_the_same_length(
         ({"traits": ("chatty",)}, "no vectors of 'chatty'"),
         ({"traits": ("gloomy", "gloomy")}, "given twice"),
         ({"vectors": "nowhere"}, "no vectors at nowhere"),
+        ({"unit": "kl", "kl_rows": 0}, "kl_rows is 0"),
+        ({"statistic": "median"}, "have no statistic 'median'"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, tiny_models, stage_library, vectors_run, byte_judge, changes, message) -> None:
@@ -119,6 +148,35 @@ def test_bad_options_are_refused(tmp_path, tiny_models, stage_library, vectors_r
     with pytest.raises(UserError, match=message):
         steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
     assert byte_judge.asked == 0
+
+
+def official(path: Path, rows: torch.Tensor) -> Path:
+    torch.save(rows, path)
+    return path
+
+
+ROWS = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))  # of a model with 4 blocks; the last row is no block's
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (ROWS, {"unit": "gap"}, "'gap' needs 'response_avg_diff'"),
+        (ROWS, {"unit": "gap", "multi_layer": True, "blocks": ()}, "'gap' differs from block to block"),
+        (ROWS * (torch.arange(5) != 2)[:, None], {"unit": "kl"}, "zero or missing at block 1"),
+        (ROWS * 0, {"multi_layer": True, "blocks": ()}, "zero or missing at block 0"),
+    ],
+)
+def test_what_the_vectors_cannot_do_is_said_before_anything_is_generated(
+    tmp_path, tiny_models, stage_library, byte_judge, rows, changes, message
+) -> None:
+    """A file of the released code holds one statistic and no last block."""
+    file = official(tmp_path / "gloomy_prompt_avg_diff.pt", rows)
+    setup = config(file, stage_library, statistic="prompt_avg_diff", **changes)
+    with pytest.raises(UserError, match=message):
+        steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    assert byte_judge.asked == 0
+    assert not (tmp_path / "run" / "manifest.json").exists(), "the options may still be put right under this folder"
 
 
 def test_vectors_of_another_width_are_refused(tmp_path, tiny_models, stage_library, byte_judge) -> None:

@@ -25,10 +25,12 @@ def test_the_highest_trait_that_is_coherent_wins():
     assert "80.0 at coherence 90.0" in reason
 
 
-def test_near_ties_go_to_the_more_coherent_then_the_weaker():
+def test_near_ties_go_to_the_later_block_then_the_more_coherent_then_the_weaker():
     assert choose(sweep((1, 1.0, 90.0, 80), (2, 2.0, 89.5, 95)))[:2] == (2, 2.0)
     assert choose(sweep((1, 2.0, 90.0, 95), (2, 1.0, 89.5, 95)))[:2] == (2, 1.0)
-    assert choose(sweep((4, 1.0, 90.0, 95), (3, 1.0, 90.0, 95)))[:2] == (3, 1.0)
+    assert choose(sweep((3, 1.0, 90.0, 95), (4, 1.0, 88.0, 92)))[:2] == (4, 1.0)
+    assert choose(sweep((3, 1.0, 90.0, 95), (4, 1.0, 84.0, 95)))[:2] == (3, 1.0)
+    assert choose(sweep((3, 2.0, 90.0, 95), (3, 1.0, 88.0, 95)))[:2] == (3, 1.0)
     steady, late = ((3, 1.0, 88, 95), (3, 2.0, 90, 95)), ((1, 1.0, 40, 99), (1, 2.0, 92, 99))
     assert choose(sweep(*late, *steady))[0] == 3  # as high within the noise, and already at half the strength
 

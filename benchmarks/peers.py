@@ -1,0 +1,166 @@
+"""The other trainers of BatchTopK dictionaries, as they are, behind one small face: made, stepped, read.
+
+Knows: how SAELens and dictionary_learning are installed beside us, and which of their calls is one optimiser step.
+Does not know: what is measured.
+
+SAELens comes with the extra `sae`. dictionary_learning is installed at first use into a folder of its own, without its
+dependencies (an interpretability stack that its trainers do not use), so that it cannot change the versions that everything else
+runs with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvsae.errors import UserError
+from pvsae.saes.step import Learner, StepConfig
+
+DICTIONARY_LEARNING = "dictionary-learning==0.1.0"
+PLACE = Path(tempfile.gettempdir()) / "pvsae-peers"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all of them train: k of d_sae latents, in `steps` steps with a warm-up and a linear decay."""
+
+    d_model: int
+    d_sae: int
+    k: int
+    batch: int
+    lr: float = 3e-4
+    steps: int = 10_000
+    warmup: int = 100
+    decay: int = 2000
+    dead_after: int = 10_000_000
+    seed: int = 0
+
+
+@dataclass
+class Trainee:
+    """One trainer at work.
+
+    Attributes:
+        step: one optimiser step on a batch [batch, d_model].
+        reconstruct: what the dictionary makes of tokens, with the batch's own top k.
+        mark_dead: makes the latents of a mask count as dead in the next step.
+        n_dead: latents that are dead by now.
+    """
+
+    name: str
+    step: Callable[[Tensor], Any]
+    reconstruct: Callable[[Tensor], Tensor]
+    mark_dead: Callable[[Tensor], Any]
+    n_dead: Callable[[], int]
+
+
+def scheduled(r: Recipe, step: int) -> float:
+    """Learning rate of a step: linear warm-up, constant, linear decay to 0."""
+    return r.lr * min(1.0, (step + 1) / max(1, r.warmup), (r.steps - step) / max(1, r.decay))
+
+
+def ours(r: Recipe, first: Tensor) -> Trainee:
+    from pvsae.saes.trainer import geometric_median
+
+    learner = Learner(r.d_model, r.d_sae, StepConfig(dead_after=r.dead_after), seed=r.seed, center=geometric_median(first))
+    done = [0]
+
+    def step(x: Tensor) -> None:
+        learner.step(x, r.k, scheduled(r, done[0]))
+        done[0] += 1
+
+    def reconstruct(x: Tensor) -> Tensor:
+        from pvsae.saes import kernels
+
+        return kernels.decode(learner.select(x, r.k)[0], learner.W_dec, len(x)) + learner.b_dec
+
+    def mark_dead(mask: Tensor) -> None:
+        learner.silent_for[mask] = r.dead_after
+
+    return Trainee("pvsae", step, reconstruct, mark_dead, lambda: int((learner.silent_for >= r.dead_after).sum()))
+
+
+def saelens(r: Recipe, first: Tensor, autocast: bool = False) -> Trainee:
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(r.seed)
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=r.d_model, d_sae=r.d_sae, k=r.k))
+    config = SAETrainerConfig(
+        total_training_samples=r.steps * r.batch, train_batch_size_samples=r.batch, lr=r.lr, lr_end=0.0,
+        lr_warm_up_steps=r.warmup, lr_decay_steps=r.decay, autocast=autocast, dead_feature_window=r.dead_after // r.batch,
+    )  # fmt: skip
+    trainer: Any = SAETrainer(config, sae, iter(()))
+
+    def step(x: Tensor) -> None:
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    def reconstruct(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return sae.decode(sae.encode(x))
+
+    def mark_dead(mask: Tensor) -> None:
+        trainer.n_forward_passes_since_fired[mask] = config.dead_feature_window + 1
+
+    return Trainee("saelens", step, reconstruct, mark_dead, lambda: int(trainer.dead_neurons.sum()))
+
+
+def dictionary_learning(r: Recipe, first: Tensor) -> Trainee:
+    Trainer = _import_dictionary_learning()
+    trainer = Trainer(
+        steps=r.steps, activation_dim=r.d_model, dict_size=r.d_sae, k=r.k, layer=0, lm_name="none", lr=r.lr,
+        warmup_steps=r.warmup, decay_start=r.steps - r.decay, seed=r.seed, device="cpu", threshold_start_step=0,
+    )  # fmt: skip
+    trainer.dead_feature_threshold = r.dead_after
+    trainer.ae.b_dec.data = trainer.geometric_median(first)
+    done = [1]  # its step 0 takes the geometric median, which is not what is measured
+
+    def step(x: Tensor) -> None:
+        trainer.update(done[0], x)
+        done[0] += 1
+
+    def reconstruct(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return trainer.ae.decode(trainer.ae.encode(x, use_threshold=False))
+
+    def mark_dead(mask: Tensor) -> None:
+        trainer.num_tokens_since_fired[mask] = r.dead_after
+
+    return Trainee(
+        "dictionary_learning", step, reconstruct, mark_dead, lambda: int((trainer.num_tokens_since_fired >= r.dead_after).sum())
+    )
+
+
+def _import_dictionary_learning() -> Any:
+    """Its BatchTopK trainer. UserError where it is not there and cannot be installed."""
+    if not (PLACE / "dictionary_learning").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PLACE), DICTIONARY_LEARNING]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            raise UserError(
+                f"{DICTIONARY_LEARNING} could not be installed: {made.stderr.strip()[-300:]}", "a package index that has it",
+                "leave it out with --peers saelens",
+            )  # fmt: skip
+    if str(PLACE) not in sys.path:
+        sys.path.append(str(PLACE))
+    if "nnsight" not in sys.modules:  # imported by its activation buffer, which is not used here
+        sys.modules["nnsight"] = types.ModuleType("nnsight")
+        sys.modules["nnsight"].LanguageModel = object  # type: ignore[attr-defined]
+    return importlib.import_module("dictionary_learning.trainers.batch_top_k").BatchTopKTrainer
+
+
+PEERS: dict[str, Callable[[Recipe, Tensor], Trainee]] = {
+    "pvsae": ours, "saelens": saelens, "dictionary_learning": dictionary_learning,
+}  # fmt: skip

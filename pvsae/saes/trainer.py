@@ -1,0 +1,382 @@
+"""Training: several dictionaries from one stream of activations, with schedules, metrics, checkpoints, and a calibrated end.
+
+Knows: how many steps there are, what the learning rate and k are at each, when to log and save, how a dictionary is finished.
+Does not know: how a step works (step.py), where activations come from (stream.py), files of dictionaries (folders.py).
+
+A training folder::
+
+    metrics.jsonl            a line a logged step and dictionary
+    checkpoint.pt            everything that the next step depends on, the stream included (weights_only, never unpickled)
+    NAME/                    each finished dictionary, in SAELens' layout
+
+Activations are multiplied by the stream's scale before a step (mean square norm d_model), and the scale is folded into the biases
+and the threshold at the end, so a saved dictionary takes raw residuals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pvsae.errors import UserError
+from pvsae.runs import atomic_path
+from pvsae.saes.dictionary import SAE
+from pvsae.saes.folders import CONFIG, load, save
+from pvsae.saes.info import SAEInfo
+from pvsae.saes.parallel import ALONE, Group
+from pvsae.saes.step import Learner, StepConfig, StepStats
+
+Batch = Mapping[int, Tensor]
+Log = Callable[[dict[str, Any]], None]
+
+
+class Stream(Protocol):
+    """What a trainer asks of a stream; see stream.ActivationStream."""
+
+    @property
+    def scale(self) -> Mapping[int, float]: ...
+    def batches(self, batch_size: int) -> Iterator[Batch]: ...
+    def held_out(self, n_tokens: int) -> Batch: ...
+    def info(self, block: int) -> SAEInfo: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryConfig:
+    """One dictionary.
+
+    Attributes:
+        block: decoder block, counted from 0, whose output it reads.
+        d_sae: number of latents.
+        k: mean number of active latents a token.
+        seed: of its initial weights.
+        lr: learning rate at its peak; None is 2e-4 / sqrt(d_sae / 16384), the law that Gao et al. 2024 found.
+    """
+
+    block: int
+    d_sae: int
+    k: float
+    seed: int = 0
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.d_sae < 1 or not 0 < self.k <= self.d_sae:
+            raise UserError(f"a dictionary of {self.d_sae} latents with k {self.k}", "at least 1 latent, and 0 < k <= d_sae")
+        if self.lr is not None and not self.lr > 0:
+            raise UserError(f"learning rate {self.lr}", "a positive number, or nothing for the default")
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"block-{self.block}_width-{self.d_sae}_k-{self.k:g}" + (f"_seed-{self.seed}" if self.seed else "")
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr if self.lr is not None else 2e-4 / math.sqrt(self.d_sae / 2**14)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How dictionaries are trained; the defaults follow the dictionaries behind the paper where they do not depend on size.
+
+    Attributes:
+        dictionaries: what to train, all from the same tokens.
+        tokens: training tokens in all.
+        batch: tokens a step, over all processes.
+        warmup: steps of linear warm-up; a tenth of the steps if there are fewer than ten times as many.
+        decay: share of the steps, at the end, over which the learning rate falls linearly to 0.
+        k_anneal: share of the steps over which k falls linearly from `k_start` times its value; 0 for none.
+        k_start: see k_anneal.
+        calibration_tokens: held-out tokens on which the final threshold is set.
+        log_every, checkpoint_every: steps.
+        step: what a step does.
+    """
+
+    dictionaries: tuple[DictionaryConfig, ...]
+    tokens: int
+    batch: int = 2048
+    warmup: int = 1000
+    decay: float = 0.2
+    k_anneal: float = 0.0
+    k_start: float = 8.0
+    calibration_tokens: int = 16_384
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    step: StepConfig = field(default_factory=StepConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "calibration_tokens", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
+        if not self.dictionaries:
+            raise UserError("no dictionary to train", "at least one of dictionaries: {block, d_sae, k}")
+        if self.steps < 1:
+            raise UserError(f"{self.tokens} tokens in batches of {self.batch}", "at least one whole batch", "raise tokens")
+        for name in ("decay", "k_anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}", "a share of the steps from 0 to 1")
+        names = [d.name for d in self.dictionaries]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"two dictionaries are the same: {max(names, key=names.count)}", "another block, width, k or seed each"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(sorted({d.block for d in self.dictionaries}))
+
+    def lr_share(self, step: int) -> float:
+        """Share of the peak learning rate at a step, counted from 0."""
+        warm = min(self.warmup, self.steps // 10)
+        cool = max(1, round(self.decay * self.steps))
+        return min(1.0, (step + 1) / (warm + 1), (self.steps - step) / cool)
+
+    def k_at(self, step: int, k: float, d_sae: int) -> float:
+        """k at a step, counted from 0."""
+        length = self.k_anneal * self.steps
+        extra = (self.k_start - 1) * max(0.0, 1 - step / length) if length else 0.0
+        return min(k * (1 + extra), d_sae)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished dictionary, and what its training ended with."""
+
+    name: str
+    sae: SAE
+    last: dict[str, Any]
+
+
+def train(
+    stream: Stream,
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    group: Group = ALONE,
+    log: Log | None = None,
+    progress: bool = True,
+) -> list[Trained]:
+    """Trains every dictionary of the config, from the checkpoint in the folder if there is one, and saves them.
+
+    Args:
+        stream: where activations come from. Every process of a group sees the same batches and takes its own part of them.
+        folder: see the head of this module.
+        device: where the dictionaries live.
+        group: processes that share the work; the first one writes.
+        log: called with every line of metrics.jsonl (for TensorBoard, W&B and the like).
+        progress: whether to show a bar.
+
+    Raises:
+        UserError: the stream ends before the tokens are reached, a checkpoint of another config, activations that are not finite.
+    """
+    folder = Path(folder)
+    if config.batch % group.size:
+        raise UserError(f"batches of {config.batch} tokens on {group.size} processes", f"a multiple of {group.size}")
+    if all((folder / d.name / CONFIG).is_file() for d in config.dictionaries):
+        found = [(d.name, load(folder / d.name)) for d in config.dictionaries]
+        return [Trained(name, sae, dict(sae.info.training.get("last", {}))) for name, sae in found]
+    run = _Run(stream, config, folder, device, group)
+    if run.done < config.steps:
+        run.train(log, progress)
+    return [run.finish(i) for i in range(len(config.dictionaries))]
+
+
+class _Run:
+    """A training run in progress."""
+
+    def __init__(self, stream: Stream, config: TrainConfig, folder: Path, device: torch.device | str, group: Group) -> None:
+        self.stream, self.config, self.folder, self.device, self.group = stream, config, folder, device, group
+        self.last: list[dict[str, Any]] = [{} for _ in config.dictionaries]
+        self.done = 0
+        saved = self._saved()
+        # The first tokens of the stream's own beginning are held out, so looking at them takes nothing from training.
+        held_out = None if saved else self._scaled(stream.held_out(config.calibration_tokens))
+        self.learners: list[Learner] = []
+        for i, d in enumerate(config.dictionaries):
+            sample = held_out[d.block] if held_out else None
+            width = sample.shape[1] if sample is not None else saved["learners"][i]["parameters"][3].shape[0]  # type: ignore[index]
+            center = geometric_median(sample.float()) if sample is not None else None
+            self.learners.append(Learner(width, d.d_sae, config.step, seed=d.seed, center=center, device=device, group=group))
+        if saved:
+            self._restore(saved)
+        self._trim_metrics()
+
+    # ------------------------------------------------------------------------------------------------------------- steps
+    def train(self, log: Log | None, progress: bool) -> None:
+        """Runs to the last step."""
+        config, rank, share = self.config, self.group.rank, self.config.batch // self.group.size
+        writes = rank == 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            (self.folder / ("metrics.jsonl" if writes else f".metrics-{rank}.jsonl")).open("a") as file,
+            tqdm(
+                total=config.steps * config.batch, initial=self.done * config.batch, desc="training", unit="tok",
+                unit_scale=True, disable=not (progress and writes),
+            ) as bar,
+        ):  # fmt: skip
+            for batch in self.stream.batches(config.batch):
+                mine = self._scaled({b: x[rank * share : (rank + 1) * share] for b, x in batch.items()})
+                stats = [self._step(learner, d, mine) for learner, d in zip(self.learners, config.dictionaries, strict=True)]
+                self.done += 1
+                last = self.done == config.steps
+                if self.done % config.log_every == 0 or last:
+                    for i, (d, s) in enumerate(zip(config.dictionaries, stats, strict=True)):
+                        self.last[i] = {"step": self.done, "tokens": self.done * config.batch, "dictionary": d.name, **asdict(s)}
+                        if writes:
+                            print(json.dumps(self.last[i]), file=file, flush=True)
+                        if log is not None and writes:
+                            log(self.last[i])
+                    bar.set_postfix(_shown(stats), refresh=False)
+                bar.update(config.batch)
+                if last:
+                    break
+                if self.done % config.checkpoint_every == 0 and writes:
+                    self.save()
+        if self.done < config.steps:
+            raise UserError(
+                f"the activations ended after {self.done * config.batch:,} tokens",
+                f"{config.tokens:,} tokens, as the config asks for",
+                "give more text, let the corpus repeat, or lower tokens",
+            )
+        if writes:
+            self.save()
+
+    def _step(self, learner: Learner, d: DictionaryConfig, batch: Batch) -> StepStats:
+        k = self.config.k_at(self.done, d.k, d.d_sae)
+        stats = learner.step(batch[d.block], k, d.peak_lr * self.config.lr_share(self.done))
+        if not math.isfinite(stats.loss):
+            raise UserError(
+                f"the loss of {d.name} is {stats.loss} at step {self.done + 1}",
+                "a finite loss",
+                "lower lr, or look for activations that are far too large (outlier_multiple)",
+            )
+        return stats
+
+    def _scaled(self, batch: Batch) -> dict[int, Tensor]:
+        return {b: x.to(self.device, torch.float32) * self.stream.scale[b] for b, x in batch.items()}
+
+    # ------------------------------------------------------------------------------------------------------- checkpoints
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        state = {
+            "config": _plain(self.config), "done": self.done, "last": self.last,
+            "learners": [learner.state() for learner in self.learners], "stream": self.stream.state(),
+        }  # fmt: skip
+        with atomic_path(self.folder / "checkpoint.pt") as path:
+            torch.save(state, path)
+
+    def _saved(self) -> dict[str, Any] | None:
+        """The checkpoint in the folder, or None. UserError if it is one of another config."""
+        file = self.folder / "checkpoint.pt"
+        if not file.is_file():
+            return None
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+        mine = _plain(self.config)
+        other = sorted(
+            key for key in mine if state["config"].get(key) != mine[key] and key not in ("log_every", "checkpoint_every")
+        )
+        if other:
+            raise UserError(
+                f"{file} belongs to another training; it differs in: {', '.join(other)}",
+                "the same options until a training is finished",
+                "choose another --out, or delete that folder",
+            )
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.stream.restore(state["stream"])
+        for learner, saved in zip(self.learners, state["learners"], strict=True):
+            learner.restore(saved)
+        self.done, self.last = state["done"], state["last"]
+
+    def _trim_metrics(self) -> None:
+        """Drops lines that were written after the checkpoint; they will be written again."""
+        metrics = self.folder / "metrics.jsonl"
+        if self.group.rank == 0 and metrics.is_file():
+            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.done]
+            with atomic_path(metrics) as path:
+                path.write_text("".join(f"{line}\n" for line in kept))
+
+    # --------------------------------------------------------------------------------------------------------------- end
+    def finish(self, i: int) -> Trained:
+        """Sets the threshold on held-out tokens, folds the scale, saves."""
+        d, learner = self.config.dictionaries[i], self.learners[i]
+        held_out = self._scaled(self.stream.held_out(self.config.calibration_tokens))[d.block]
+        threshold = calibrated_threshold(learner, held_out, d.k)
+        last = {**self.last[i], "running_threshold": learner.threshold, "threshold": threshold}
+        info = replace(
+            self.stream.info(d.block),
+            k=d.k,
+            training={
+                "config": {**_plain(self.config), "dictionaries": [asdict(d)]}, "scale": self.stream.scale[d.block],
+                "tokens": self.done * self.config.batch, "last": last,
+                "versions": {name: version(name) for name in ("pvsae", "torch")},
+            },
+        )  # fmt: skip
+        sae = SAE(
+            learner.W_enc.T, learner.b_enc, learner.W_dec, learner.b_dec, threshold, info=info, ref=str(self.folder / d.name)
+        ).unscaled(self.stream.scale[d.block])
+        if self.group.rank == 0:
+            save(sae, self.folder / d.name)
+        return Trained(d.name, sae, last)
+
+
+def calibrated_threshold(learner: Learner, x: Float[Tensor, "n d_model"], k: float) -> float:
+    """The threshold that k activations a token pass, on tokens that were not trained on.
+
+    The running mean of the smallest kept activation lags behind the weights, and is noisy with small batches; this is exact.
+    """
+    guess, group = learner.guess, learner.group
+    learner.group, learner.guess = ALONE, None
+    try:
+        _, smallest = learner.select(x, k)
+    finally:
+        learner.group, learner.guess = group, guess
+    # The smallest is to pass too, and what passes is above the threshold.
+    return float(torch.nextafter(torch.tensor(smallest), torch.tensor(0.0)))
+
+
+def geometric_median(x: Float[Tensor, "n d_model"], n_steps: int = 50) -> Float[Tensor, " d_model"]:
+    """The point with the smallest sum of distances to the rows (Weiszfeld's iteration), where b_dec starts."""
+    guess = x.mean(0)
+    for _ in range(n_steps):
+        weight = 1 / torch.linalg.vector_norm(x - guess, dim=1).clamp_min(1e-8)
+        moved = weight @ x / weight.sum()
+        close = bool(torch.linalg.vector_norm(moved - guess) <= 1e-5 * torch.linalg.vector_norm(guess).clamp_min(1e-8))
+        guess = moved
+        if close:
+            break
+    return guess
+
+
+def _shown(stats: Sequence[StepStats]) -> dict[str, str]:
+    """What the progress bar says: of the worst dictionary where there are several."""
+    return {
+        "FVU": f"{max(s.fvu for s in stats):.4f}",
+        "L0": f"{max(s.l0 for s in stats):.1f}",
+        "dead": str(max(s.n_dead for s in stats)),
+    }
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as values that survive a checkpoint unchanged."""
+    out = {f.name: getattr(config, f.name) for f in fields(config)}
+    out["dictionaries"] = [asdict(d) for d in config.dictionaries]
+    out["step"] = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config.step).items()}
+    return out

@@ -1,0 +1,254 @@
+"""Stage `sae_eval`: what a dictionary is worth on text, and how much of another dictionary it has.
+
+Knows: which text and which dictionaries, the run's files, its tables and summary.
+Does not know: how anything is measured (saes/evaluate.py, saes/measures.py), figures (reports/).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from pvsae.errors import UserError
+from pvsae.runs import RunDir, read_json, write_json
+
+if TYPE_CHECKING:
+    from pvsae.models import ChatModel
+    from pvsae.saes.dictionary import SAE
+    from pvsae.saes.evaluate import Evaluation
+    from pvsae.saes.sources import Source
+
+COMMAND = "sae_eval"
+NEAR = (0.7, 0.9)  # cosines of the shares in the table of agreement
+_NOT_IDENTITY = frozenset({"batch_tokens", "loss_batch_tokens"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeEvalConfig:
+    """What to evaluate on what.
+
+    Attributes:
+        dictionary: a folder (SAELens or dictionary_learning) or "RELEASE/ID".
+        compare: another dictionary of the same model and block, e.g. one of another seed.
+        text: files or patterns (.txt, .jsonl, .parquet, ...), names of Hugging Face datasets, or `Source`s.
+        model, adapter, dtype, device, chat: as `load` takes them.
+        block: None takes the dictionary's own.
+        tokens: tokens that count, at least; rows are whole.
+        loss_tokens: tokens on which the losses are measured (four forward passes of the whole model); 0 for none.
+        context: tokens a row; None takes the dictionary's own, else 512, and never more than the model has.
+        held_out: where the dictionary was trained on this text: the share that was held out, with the `seed` of that training.
+            Then that share alone is read; 0 reads all.
+        compare_latents: latents of each dictionary that are compared; drawn at random where there are more.
+        dense_above: density from which a latent counts as dense.
+        batch_tokens, loss_batch_tokens: tokens a forward pass.
+        seed: of the order of the text and of the latents drawn.
+    """
+
+    dictionary: str
+    compare: str | None = None
+    text: tuple[str | Source, ...] = ()
+    model: str = "organism"
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    chat: str = "auto"
+    block: int | None = None
+    tokens: int = 200_000
+    loss_tokens: int = 20_000
+    context: int | None = None
+    held_out: float = 0.0
+    compare_latents: int = 8192
+    dense_above: float = 0.1
+    batch_tokens: int = 8192
+    loss_batch_tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "loss_batch_tokens", "compare_latents"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
+        if not self.text:
+            raise UserError("no text to evaluate on", "files, or names of datasets", "--text FILE")
+
+    def identity(self) -> dict[str, Any]:
+        """The options that the numbers depend on; a run folder is resumed only under the same ones."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IDENTITY}
+
+
+@dataclass(frozen=True)
+class SaeEvalResult:
+    """Tables by name (quality, loss, l0, density, features, agreement), the main numbers, and the run's folder."""
+
+    tables: dict[str, pd.DataFrame]
+    summary: dict[str, Any]
+    path: Path
+
+
+def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel | None = None) -> SaeEvalResult:
+    """Evaluate a dictionary into a run folder; a finished evaluation is read back, and not made anew.
+
+    Args:
+        model: to use instead of loading the one that the config names.
+
+    Raises:
+        UserError: no such dictionary, model or text, a dictionary that does not fit the model, a folder of another run.
+    """
+    from pvsae.models import load as load_model
+    from pvsae.saes.folders import load
+
+    folder = run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, COMMAND, config.identity(), config.seed)
+    try:
+        model = model or load_model(
+            config.model, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat
+        )
+        sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
+        other = load(config.compare, device=model.device).check_model(model) if config.compare else None
+        _pin(folder, [sae] if other is None else [sae, other])
+        with folder.step("evaluation") as step:
+            if not step.done:
+                _write(_evaluate(config, model, sae), step.folder)
+        tables = {file.stem: pd.read_parquet(file) for file in sorted((folder.path / step.name).glob("*.parquet"))}
+        numbers = read_json(folder.path / step.name / "summary.json")
+        if other is not None:
+            alive = tables["features"].query("density > 0")["latent"].tolist()
+            tables["agreement"] = folder.do_table("agreement", lambda: _agreement(sae, other, alive, config))
+        for name, table in tables.items():
+            shown = table.sort_values("density", ascending=False) if name == "features" else table
+            folder.table(name, shown)
+        summary = _summary(config, model, sae, tables, numbers)
+        folder.result(summary)
+        return SaeEvalResult(tables, numbers, folder.path)
+    finally:
+        if folder is not run_dir:
+            folder.close()
+
+
+def _pin(folder: RunDir, dictionaries: Iterable[SAE]) -> None:
+    """Refuse to go on with other arrays under the same name than the run began with."""
+    now = {}
+    for sae in dictionaries:
+        digest = hashlib.sha256()
+        for part in (sae.b_enc, sae.b_dec, sae.threshold, sae.W_dec[:64], sae.W_dec[-64:]):
+            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+        now[sae.ref] = digest.hexdigest()
+    if folder.do_json("inputs", lambda: now) != now:
+        raise UserError(
+            f"the dictionary changed since the run in {folder.path} began", "the same one", "choose another --out, or delete it"
+        )
+
+
+def _evaluate(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> Evaluation:
+    from pvsae.saes.corpus import Corpus, CorpusConfig
+    from pvsae.saes.evaluate import evaluate
+
+    context = min(config.context or sae.info.context_size or 512, model.n_ctx)
+    corpus_config = CorpusConfig(
+        sources=tuple(_source(text) for text in config.text),
+        context=context,
+        drop_first=sae.info.drop_first,
+        held_out=config.held_out,
+        seed=config.seed,
+    )
+    corpus = Corpus(model, corpus_config)
+    rows, n = [], 0
+    for row in corpus.rows(held_out=config.held_out > 0):
+        rows.append(row)
+        n += int(row.keep.sum())
+        if n >= config.tokens:
+            break
+    if not rows:
+        raise UserError("the text has no token that counts", "text", "look at --text and --held-out")
+    return evaluate(
+        sae,
+        model,
+        rows,
+        block=config.block,
+        loss=config.loss_tokens > 0,
+        loss_tokens=config.loss_tokens,
+        batch_tokens=config.batch_tokens,
+        loss_batch_tokens=config.loss_batch_tokens,
+        dense_above=config.dense_above,
+        progress="evaluation",
+    )
+
+
+def _source(text: str | Source) -> Source:
+    """A file or pattern where there is such a file, else a dataset's name."""
+    from pvsae.saes.sources import Source
+
+    if not isinstance(text, str):
+        return text
+    path = Path(text).expanduser()
+    looks_like_a_path = path.suffix or any(c in text for c in "*?[") or text.startswith((".", "/", "~"))
+    return Source(path=str(path)) if path.exists() or looks_like_a_path else Source(dataset=text)
+
+
+def _write(found: Evaluation, folder: Path) -> None:
+    tables = {"quality": found.quality, "loss": found.loss, "l0": found.l0, "features": found.features, "density": found.density}
+    for name, table in tables.items():
+        if table is not None:
+            table.to_parquet(folder / f"{name}.parquet", index=False)
+    write_json(folder / "summary.json", {**found.summary(), "notes": [*found.sae.info.notes, *found.notes]})
+
+
+def _agreement(sae: SAE, other: SAE, alive: list[int], config: SaeEvalConfig) -> pd.DataFrame:
+    """A row a direction: how many latents were compared, the mean of their highest cosines, and shares of near ones."""
+    import torch
+
+    from pvsae.saes.measures import agreement
+
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def drawn(latents: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(len(latents), generator=generator)[: config.compare_latents]
+        return latents[order].sort().values
+
+    pairs = [
+        ("active latents of this one in the other", sae, other, torch.tensor(alive, dtype=torch.long)),
+        ("latents of this one in the other", sae, other, torch.arange(sae.d_sae)),
+        ("latents of the other in this one", other, sae, torch.arange(other.d_sae)),
+    ]
+    rows = []
+    for name, a, b, latents in pairs:
+        if len(latents):
+            found = agreement(a, b, latents=drawn(latents))
+            near = {f"share_above_{cosine}": found.share_above(cosine) for cosine in NEAR}
+            rows.append({"compared": name, "latents": len(found.best), "mmcs": found.mmcs, **near})
+    return pd.DataFrame(rows)
+
+
+def _summary(
+    config: SaeEvalConfig, model: ChatModel, sae: SAE, tables: dict[str, pd.DataFrame], numbers: dict[str, Any]
+) -> dict[str, Any]:
+    quality = tables["quality"].set_index("set")
+    headline = [
+        {"label": "variance unexplained", "value": f"{quality['fvu']['kept']:.4f}"},
+        {"label": "with outlier tokens", "value": f"{quality['fvu']['with outliers']:.4f}"},
+        {"label": "active latents a token", "value": f"{numbers['l0 mean']:.1f}"},
+    ]
+    if "loss" in tables:
+        headline.append({"label": "loss recovered (against zero)", "value": f"{numbers['ce recovered against zero']:.4f}"})
+    headline.append({"label": "dead latents", "value": f"{numbers['dead']} of {numbers['d_sae']}"})
+    if "agreement" in tables:
+        headline.append({"label": "mean max cosine with the other", "value": f"{tables['agreement']['mmcs'].iloc[0]:.3f}"})
+    n = int(quality["tokens"]["kept"])
+    return {
+        "title": "Evaluation of a dictionary",
+        "about": (
+            f"{sae.ref}: {sae.d_sae} latents at block {config.block if config.block is not None else sae.info.block} of "
+            f"{model.name}, on {n} tokens. Left out are special tokens, the first {sae.info.drop_first} tokens of a row, and "
+            "tokens whose residual is an outlier; the table says what counting them would change. Recovered loss is 1 where the "
+            "reconstruction, put in place of the residual, costs the model nothing, and 0 where it costs as much as the ablation."
+        ),
+        "headline": headline,
+        "notes": [
+            *numbers.get("notes", []),
+            f"A latent is called dead that was active at none of {n} tokens; rarer ones may be among them.",
+        ],
+        "numbers": {name: value for name, value in numbers.items() if name != "notes"},
+    }

@@ -1,0 +1,180 @@
+"""Whole trainings on made activations: schedules, several dictionaries, kills, the calibrated end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pvsae.errors import UserError
+from pvsae.saes.folders import load
+from pvsae.saes.info import SAEInfo
+from pvsae.saes.step import StepConfig
+from pvsae.saes.trainer import DictionaryConfig, TrainConfig, geometric_median, train
+
+D = 16
+
+
+class Made:
+    """Sparse combinations of fixed directions, of norm about 7; the stream protocol over a counter."""
+
+    scale: Mapping[int, float] = {1: 0.5, 3: 0.25}
+
+    def __init__(self, batches: int = 10_000, kill_at: int | None = None) -> None:
+        self.n, self.ends, self.kill_at = 0, batches, kill_at
+        self.atoms = torch.nn.functional.normalize(torch.randn(48, D, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    def tokens(self, n: int, seed: int, block: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * seed + block)
+        codes = torch.rand(n, 48, generator=generator) * (torch.rand(n, 48, generator=generator) < 0.08)
+        return 6 * codes @ self.atoms + 2.0
+
+    def batches(self, batch_size: int) -> Iterator[dict[int, Tensor]]:
+        while self.n < self.ends:
+            if self.n == self.kill_at:
+                raise KeyboardInterrupt
+            self.n += 1
+            yield {b: self.tokens(batch_size, self.n, b) for b in self.scale}
+
+    def held_out(self, n_tokens: int) -> dict[int, Tensor]:
+        return {b: self.tokens(n_tokens, 10**6, b) for b in self.scale}
+
+    def info(self, block: int) -> SAEInfo:
+        return SAEInfo(model="made", block=block, prepend_bos=False)
+
+    def state(self) -> dict[str, Any]:
+        return {"n": self.n}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.n = state["n"]
+
+
+def config(steps: int = 60, **options: Any) -> TrainConfig:
+    given: dict[str, Any] = {
+        "dictionaries": (DictionaryConfig(block=1, d_sae=64, k=4, lr=3e-3), DictionaryConfig(block=3, d_sae=40, k=3, lr=3e-3)),
+        "tokens": steps * 128, "batch": 128, "warmup": 5, "calibration_tokens": 4096, "log_every": 5, "checkpoint_every": 20,
+    }  # fmt: skip
+    return TrainConfig(**{**given, **options})
+
+
+def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    made = train(Made(), config(300), tmp_path, log=lines.append, progress=False)
+    fresh = Made()
+    for one, d in zip(made, config().dictionaries, strict=True):
+        sae = load(tmp_path / d.name)
+        assert sae.info.block == d.block
+        assert sae.info.k == d.k
+        x = fresh.tokens(8192, 77, d.block)  # raw, and seen neither in training nor in calibration
+        acts = sae.encode(x)
+        assert float((acts > 0).sum(1).float().mean()) == pytest.approx(d.k, rel=0.02)
+        fvu = float((sae.decode(acts) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+        assert fvu == pytest.approx(one.last["fvu"], abs=0.05)
+        assert fvu < 0.5
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(d.d_sae))
+        torch.testing.assert_close(one.sae.encode(x), acts)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == lines
+    assert [line["step"] for line in written] == [s for s in range(5, 301, 5) for _ in range(2)]
+
+
+@pytest.mark.parametrize("steps", [100, 2000])
+def test_l0_after_reloading_is_within_two_percent_of_k(tmp_path: Path, steps: int) -> None:
+    one = DictionaryConfig(block=1, d_sae=64, k=4)
+    train(Made(), config(steps, dictionaries=(one,), calibration_tokens=16_384), tmp_path, progress=False)
+    x = Made().tokens(16_384, 5 * 10**5, 1)
+    assert float((load(tmp_path / one.name).encode(x) > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("kill_at", [7, 20, 33])
+def test_killed_and_started_again_ends_with_the_same_bits(tmp_path: Path, kill_at: int) -> None:
+    train(Made(), config(), tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(Made(kill_at=kill_at), config(), tmp_path / "killed", progress=False)
+    resumed = Made()
+    train(resumed, config(), tmp_path / "killed", progress=False)
+    assert resumed.n == 60
+    for d in config().dictionaries:
+        a, b = (load(tmp_path / name / d.name) for name in ("whole", "killed"))
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()
+
+
+def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
+    first = train(Made(), config(10), tmp_path, progress=False)
+    untouched = Made(kill_at=0)
+    again = train(untouched, config(10), tmp_path, progress=False)
+    assert untouched.n == 0
+    assert [t.last for t in again] == [t.last for t in first]
+    (tmp_path / first[1].name / "cfg.json").unlink()  # killed between the two
+    train(untouched, config(10), tmp_path, progress=False)
+    assert untouched.n == 10, "the stream stands where the checkpoint says, and no step is run"
+    assert load(tmp_path / first[1].name).d_sae == 40
+
+
+def test_the_schedules() -> None:
+    c = config(1000, warmup=100, decay=0.2, k_anneal=0.5, k_start=8)
+    assert [c.lr_share(s) for s in (100, 500, 799)] == [1.0, 1.0, 1.0]
+    assert 0 < c.lr_share(0) < 0.02
+    assert c.lr_share(900) == pytest.approx(0.5)
+    assert 0 < c.lr_share(999) < 0.01
+    assert c.k_at(0, 4, 1000) == 32
+    assert c.k_at(0, 4, 10) == 10
+    assert c.k_at(250, 4, 1000) == pytest.approx(18)
+    assert c.k_at(500, 4, 1000) == c.k_at(999, 4, 1000) == 4
+    assert config(20, warmup=1000).lr_share(5) == 1.0, "a short run warms up for a tenth of its steps"
+
+
+def test_annealed_k_is_what_the_steps_keep(tmp_path: Path) -> None:
+    train(Made(), config(60, k_anneal=0.5, k_start=3), tmp_path, progress=False)
+    l0 = {}
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        l0.setdefault(found["dictionary"], []).append(found["l0"])
+    for d in config().dictionaries:
+        assert l0[d.name][0] > 2 * d.k
+        assert l0[d.name][-1] == pytest.approx(d.k, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"tokens": 100}, "one whole batch"), ({"batch": 0}, "batch is 0"), ({"dictionaries": ()}, "no dictionary"),
+        ({"decay": 1.5}, "decay is 1.5"), ({"dictionaries": (DictionaryConfig(block=1, d_sae=8, k=2),) * 2}, "are the same"),
+    ],
+)  # fmt: skip
+def test_wrong_configs_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        config(**wrong)
+    assert said in str(error.value)
+
+
+def test_what_ends_a_training_early_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="activations ended after 512 tokens"):
+        train(Made(batches=4), config(), tmp_path / "short", progress=False)
+    train(Made(), config(40), tmp_path / "other", progress=False)
+    for d in config().dictionaries:
+        (tmp_path / "other" / d.name / "cfg.json").unlink()
+    with pytest.raises(UserError, match=r"another training; it differs in: step, tokens"):
+        train(Made(), config(60, step=StepConfig(clip=None)), tmp_path / "other", progress=False)
+
+    class Broken(Made):
+        def tokens(self, n: int, seed: int, block: int) -> Tensor:
+            return super().tokens(n, seed, block) * (math.nan if seed == 3 else 1)
+
+    with pytest.raises(UserError, match="loss of block-1_width-64_k-4 is nan at step 3"):
+        train(Broken(), config(), tmp_path / "nan", progress=False)
+
+
+def test_the_geometric_median_is_not_moved_by_outliers() -> None:
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) + 3
+    far = torch.cat([x, torch.full((40, 8), 1e4)])
+    assert float((geometric_median(far) - 3).abs().max()) < 0.3
+    assert float((far.mean(0) - 3).abs().max()) > 100

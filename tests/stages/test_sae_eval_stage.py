@@ -1,0 +1,130 @@
+"""The stage around the evaluation: its files, going on after a stop, its page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from pvsae.errors import UserError
+from pvsae.reports import draw, write_report
+from pvsae.saes.folders import save
+from pvsae.stages import sae_eval
+from pvsae.stages.sae_eval import SaeEvalConfig, run
+from tests.saes.small import make_sae
+
+TEXTS = (
+    "The ferry leaves the harbour at nine and comes back before dark, whatever the weather is like out there.",
+    "Nobody knows why the old clock in the kitchen stopped, but everybody has a theory about it.",
+    "What is the tallest mountain that you have heard of, and how would one climb it in winter?",
+)
+
+
+@pytest.fixture
+def made(tmp_path, tiny_models, monkeypatch):
+    """Two dictionaries of the tiny model, a text file and the config that evaluates one on it."""
+    monkeypatch.setenv("PVSAE_CACHE", str(tmp_path / "cache"))
+    model = tiny_models("qwen2")
+    for seed in (0, 1):
+        sae = make_sae(seed, d_model=model.d_model, d_sae=96, threshold=1.0)
+        save(sae.with_info(outliers=None, context_size=32, drop_first=2), tmp_path / f"sae{seed}")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{t} {i}"}) + "\n" for i in range(8) for t in TEXTS))
+    config = SaeEvalConfig(
+        dictionary=str(tmp_path / "sae0"), compare=str(tmp_path / "sae1"), text=(str(text),), tokens=200, loss_tokens=60
+    )
+    return model, config
+
+
+def test_tables_figures_and_page(made, tmp_path):
+    model, config = made
+    result = run(config, tmp_path / "run", model=model)
+    assert set(result.tables) == {"quality", "loss", "l0", "density", "features", "agreement"}
+    tables = tmp_path / "run" / "tables"
+    quality = pd.read_csv(tables / "quality.csv").set_index("set")
+    assert quality["tokens"]["kept"] >= 200
+    assert quality["tokens"]["all tokens"] > quality["tokens"]["kept"], "the first two tokens of each row do not count"
+    assert list(pd.read_csv(tables / "loss.csv")["variant"]) == ["original", "spliced", "zero", "mean"]
+    densities = pd.read_csv(tables / "features.csv")["density"]
+    assert len(densities) == 96
+    assert densities.is_monotonic_decreasing
+    agreement = result.tables["agreement"]
+    assert agreement["mmcs"].between(0.1, 0.9).all()
+    assert agreement["latents"].iloc[0] == (densities > 0).sum()
+    assert [p.stem for p in draw(tmp_path / "run")] == ["quality", "loss", "l0", "density"]
+    page = write_report(tmp_path / "run").read_text()
+    for said in ("variance unexplained", "loss recovered", "dead latents", "mean max cosine", "called dead"):
+        assert said in page
+    assert page.count("data:image/png") == 4
+    numbers = json.loads((tmp_path / "run" / "result.json").read_text())["numbers"]
+    assert numbers["d_sae"] == 96
+    assert numbers["fvu kept"] == quality["fvu"]["kept"]
+
+
+def test_the_same_dictionary_agrees_with_itself_and_losses_can_be_left_out(made, tmp_path):
+    model, config = made
+    result = run(replace(config, compare=config.dictionary, loss_tokens=0), tmp_path / "run", model=model)
+    assert (result.tables["agreement"]["mmcs"] > 0.999).all()
+    assert "loss" not in result.tables
+    assert [p.stem for p in draw(tmp_path / "run")] == ["quality", "l0", "density"]
+    write_report(tmp_path / "run")
+
+
+def test_a_finished_evaluation_is_read_back(made, tmp_path, monkeypatch):
+    model, config = made
+    first = run(config, tmp_path / "run", model=model)
+
+    def again(*args):
+        raise AssertionError("evaluated twice")
+
+    monkeypatch.setattr(sae_eval, "_evaluate", again)
+    second = run(replace(config, batch_tokens=64), tmp_path / "run", model=model)
+    for name, table in first.tables.items():
+        pd.testing.assert_frame_equal(table, second.tables[name])
+    with pytest.raises(UserError, match="tokens"):
+        run(replace(config, tokens=300), tmp_path / "run", model=model)
+
+
+def test_another_dictionary_under_the_same_name_is_refused(made, tmp_path):
+    model, config = made
+    run(config, tmp_path / "run", model=model)
+    sae = make_sae(5, d_model=model.d_model, d_sae=96).with_info(outliers=None)
+    save(sae, config.dictionary)
+    with pytest.raises(UserError, match="changed since"):
+        run(config, tmp_path / "run", model=model)
+
+
+def test_held_out_text_alone(made, tmp_path):
+    from pvsae.saes.corpus import Corpus, CorpusConfig
+    from pvsae.saes.sources import Source
+
+    model, config = made
+    result = run(replace(config, held_out=0.3, tokens=10**6), tmp_path / "run", model=model)
+    corpus = Corpus(model, CorpusConfig(sources=(Source(path=config.text[0]),), context=32, drop_first=2, held_out=0.3))
+    expected = sum(int(row.keep.sum()) for row in corpus.rows(held_out=True))
+    assert result.tables["quality"].set_index("set")["tokens"]["with outliers"] == expected
+    assert 0 < expected < sum(int(row.keep.sum()) for row in corpus.rows())
+
+
+def test_what_cannot_be_evaluated_is_said(made, tmp_path):
+    model, config = made
+    with pytest.raises(UserError, match="no text"):
+        SaeEvalConfig(dictionary="x")
+    with pytest.raises(UserError, match="tokens is 0"):
+        replace(config, tokens=0)
+    save(make_sae(), tmp_path / "small")
+    for name, (message, wrong) in enumerate(
+        {
+            "d_model 12": replace(config, dictionary=str(tmp_path / "small")),
+            "there is no dictionary": replace(config, dictionary=str(tmp_path / "nowhere")),
+            "block 9": replace(config, block=9),
+            "nowhere": replace(config, text=(str(tmp_path / "nowhere.txt"),)),
+            "d_model": replace(config, compare=str(tmp_path / "small")),
+        }.items()
+    ):
+        with pytest.raises(UserError, match=message):
+            run(wrong, tmp_path / f"run{name}", model=model)
+    assert torch.is_grad_enabled()
