@@ -30,6 +30,7 @@ from pvsae.saes.buffer import Batch, ShuffleBuffer
 from pvsae.saes.corpus import Corpus, Row, Rows
 from pvsae.saes.harvest import TokenResiduals, harvest, passes_of, windows
 from pvsae.saes.info import OutlierFilter, SAEInfo
+from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.shards import Shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -112,14 +113,30 @@ class ActivationStream:
         counts: tokens that were harvested, left out as outliers, and given out.
     """
 
-    def __init__(self, model: ChatModel, corpus: Corpus, blocks: Sequence[int], config: StreamConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: ChatModel,
+        corpus: Corpus,
+        blocks: Sequence[int],
+        config: StreamConfig | None = None,
+        *,
+        group: Group = ALONE,
+    ) -> None:
         """Checks everything and allocates the buffer; no forward pass is run.
+
+        Args:
+            model, corpus: what is run on what.
+            blocks: whose outputs to read.
+            config: how.
+            group: processes that stream together. Each runs its share of the forward passes and sends the others what it read, so
+                that all of them get the batches that one process would have made. (With `shards` each runs what is missing, and
+                the first one writes.)
 
         Raises: UserError for bad options, an unknown block, too little memory, or shards of another stream.
         """
         self.config = config or StreamConfig()
         self.config.check()
-        self.model, self.corpus, self.blocks = model, corpus, tuple(sorted(set(blocks)))
+        self.model, self.corpus, self.blocks, self.group = model, corpus, tuple(sorted(set(blocks))), group
         self.dtype = DTYPES[self.config.dtype]
         check((), [TokenResiduals(self.blocks, torch.empty(0), self.dtype)], model.n_blocks, model.d_model)
         # A row that is longer than a pass should be stands alone in one.
@@ -143,6 +160,8 @@ class ActivationStream:
         self._ahead: _Pass | None = None
         overlaps = self.config.overlap and model.device.type == "cuda" and self.shards is None
         self._side = torch.cuda.Stream(model.device) if overlaps else None
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(model.device))  # the weights may still be on their way
 
     # ---------------------------------------------------------------------------------------------------------- batches
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -215,13 +234,28 @@ class ActivationStream:
     def _computed(self, number: int, rows: list[list[Row]], skip: int) -> Iterator[Batch]:
         """Activations of a window's passes from `skip` on: from its shard, or from the model (and then kept as a shard)."""
         if self.shards is None:
-            yield from (self._harvest(some) for some in rows[skip:])
+            yield from self._shared(rows[skip:])
             return
         held = self.shards.load(number)
         if held is None or len(held) != len(rows):
             held = [{b: x.cpu() for b, x in self._harvest(some).items()} for some in rows]
-            self.shards.save(number, held)
+            if self.group.rank == 0:
+                self.shards.save(number, held)
         yield from held[skip:]
+
+    def _shared(self, passes: list[list[Row]]) -> Iterator[Batch]:
+        """Activations of passes, which the processes of the group run in turn."""
+        rank, size = self.group.rank, self.group.size
+        for at in range(0, len(passes), size):
+            some = passes[at : at + size]
+            mine = self._harvest(some[rank]) if rank < len(some) else {}
+            for owner, rows in enumerate(some):
+                activations = mine
+                if owner != rank:
+                    shape = sum(int(row.keep.sum()) for row in rows), self.model.d_model
+                    activations = {b: torch.empty(shape, dtype=self.dtype, device=self.model.device) for b in self.blocks}
+                self.group.send([activations[b] for b in self.blocks], owner)
+                yield activations
 
     def _harvest(self, rows: list[Row]) -> Batch:
         return harvest(self.model, rows, self.blocks, self.dtype)
