@@ -212,6 +212,7 @@ def _share(rank: int, folder: str, model_folder: str, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_passes_and_get_the_batches_of_one(tiny_folders, tmp_path) -> None:
     import socket
 
