@@ -2,10 +2,11 @@
 
     python -m benchmarks.harvest [--quick]
 
-Rows of 40 to 256 tokens go through a Qwen2 with random weights (d_model 512, 8 blocks) and through the organism. "plain" is what
-one would write by hand: the same padded batches, sdpa attention, a hook on the middle block that keeps its output's wanted tokens
-and raises. "harvest" is ours without a buffer, "stream" all of it: the corpus walk, the outlier filter, the shuffle buffer and
-batches of 1024 tokens. The ways take turns; what counts is the median, over the turns, of the ratio of their tokens a second.
+Rows of 40 to 256 tokens go through a Qwen2 with random weights (d_model 512, 8 blocks) and through the organism. "plain" is
+what one would write by hand: the same padded batches, sdpa attention, a hook on the middle block that keeps its output's wanted
+tokens and raises. "harvest" is ours without a buffer, "stream" all of it: the corpus walk, the outlier filter, the shuffle
+buffer and batches of 1024 tokens. The ways take turns; what counts is the median, over the turns, of the ratio of their tokens a
+second.
 """
 
 from __future__ import annotations

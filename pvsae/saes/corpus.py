@@ -46,10 +46,10 @@ class CorpusConfig:
     Attributes:
         sources: where samples come from.
         context: most tokens a row.
-        fit: "cut" keeps the first `context` tokens of a sample; "split" makes as many rows of a sample as it needs; "pack" fills
-            rows with one sample behind another (attention reaches over their borders; texts are ended by an EOS token where the
-            tokenizer writes no BOS). A row that begins inside of a sample gets a BOS token where the tokenizer writes one.
-        tokens: "all", or "answers": of a chat the contents of the assistant's messages alone. Plain texts count whole either way.
+        fit: "cut" keeps the first `context` tokens of a sample; "split" makes as many rows of a sample as it needs; "pack"
+            fills rows with one sample behind another (attention reaches over their borders; texts are ended by an EOS token
+            where the tokenizer writes no BOS). A row that begins inside of a sample gets BOS where the tokenizer writes one.
+        tokens: "all", or "answers": of a chat the contents of the assistant's messages alone. Plain texts count whole.
         skip_special: leave special tokens out.
         drop_first: leave the first so many tokens of each row out: attention sinks (the paper's dictionaries: 8 on Qwen, 1 on
             Llama).
@@ -250,7 +250,7 @@ class Corpus:
 
 
 class Rows:
-    """A walk over a corpus: an iterator of rows whose `state` is a few integers. Rows without a wanted token are passed over."""
+    """A walk over a corpus: an iterator of rows, whose `state` is a few integers. Rows without a wanted token are left out."""
 
     def __init__(self, corpus: Corpus, held_out: bool, state: Mapping[str, Any] | None) -> None:
         self.corpus, self.config, self.held_out = corpus, corpus.config, held_out
