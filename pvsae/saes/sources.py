@@ -1,7 +1,7 @@
 """Sources: where samples come from, read row by row, each row a text or a chat.
 
-Knows: JSONL, plain text and Parquet files, Hugging Face datasets (package `datasets`, imported when one is named), their fields,
-roles and content hashes, and how to go on reading in the middle.
+Knows: JSONL, plain text and Parquet files, Hugging Face datasets (package `datasets`, imported when one is named), their
+fields, roles and content hashes, and how to go on reading in the middle.
 Does not know: tokens, models, mixtures.
 
 A source is looked at before any work: if none of its first rows can be used, that is an error that says why. After that, a bad
@@ -159,7 +159,8 @@ class Reader:
             return iter(self._data)
         if self._data is not None:
             return iter(self._data.select(range(place["row"], len(self._data))) if place["row"] else self._data)
-        how = {".jsonl": _jsonl, ".parquet": _parquet, ".txt": lambda file: _documents(file, self.source.separator)}[self._suffix]
+        separator = self.source.separator
+        how = {".jsonl": _jsonl, ".parquet": _parquet, ".txt": lambda file: _documents(file, separator)}[self._suffix]
         return islice((row for file in self._files for row in how(file)), place["row"], None)
 
     def _find_field(self) -> tuple[str, str]:
@@ -169,7 +170,7 @@ class Reader:
         kind, name = source.kind, source.field
         if head and all(isinstance(row, str) for row in head):
             if kind == "chat":
-                raise UserError(f"chats from the plain text file {source.name}", "a .jsonl file with messages", "set kind: text")
+                raise UserError(f"chats from the text file {source.name}", "a .jsonl file with messages", "set kind: text")
             kind, name = "text", ""
         else:
             rows = [row for row in head if isinstance(row, Mapping)]
@@ -180,7 +181,7 @@ class Reader:
                 name = next((f for f in wanted if f in present), None)
             if rows and (name is None or name not in present):
                 raise UserError(
-                    f"source {source.name} has no field {source.field or 'with texts or messages'}; it has: {', '.join(present)}",
+                    f"source {source.name} has no field {source.field or 'of texts or messages'}; it has: {', '.join(present)}",
                     'a field "text" with text, or "messages" with [{"role": ..., "content": ...}, ...]',
                     "name the right one with field:",
                 )
