@@ -115,7 +115,7 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _collect_half(
+def _collect_quarter(
     pre, token0, latent0, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr, capacity,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
@@ -128,6 +128,22 @@ def _collect_half(
         keep = keep | ((pre == bound) & (flat < tl.load(before_ptr)))
     keep = keep & (pre > 0) & (token < n_tokens)[:, None] & (latent < n_latents)[None, :]
     append(pre, flat, keep, count_ptr, value_ptr, flat_ptr, capacity)
+
+
+@triton.jit
+def _collect_half(
+    pre, token0, latent0, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr, capacity,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    left, right = _halves(pre, ROWS, COLUMNS)
+    _collect_quarter(
+        left, token0, latent0, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr, capacity,
+        ROWS, COLUMNS // 2, TIES,
+    )  # fmt: skip
+    _collect_quarter(
+        right, token0, latent0 + COLUMNS // 2, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr,
+        capacity, ROWS, COLUMNS // 2, TIES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -181,8 +197,8 @@ def _count(
     TOKENS: tl.constexpr, LATENTS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, TIES: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """counts[j] += positive pre-activations whose bits, less the origin, are j << shift and up; TIES: whose flat indices are, of
-    those equal to the bound. One program a tile."""
+    """counts[j] += positive pre-activations whose bits, less the origin, are j << shift and up; TIES: whose flat indices are,
+    of those equal to the bound. One program a tile."""
     token0, latent0 = _place(n_tokens, n_latents, TOKENS, LATENTS, GROUP)
     pre = _product(
         x_ptr, w_ptr, b_ptr, n_tokens, n_latents, d, x_stride, w_stride, token0, latent0,
