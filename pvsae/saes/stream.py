@@ -31,6 +31,7 @@ from pvsae.saes.corpus import Corpus, Row, Rows
 from pvsae.saes.harvest import TokenResiduals, harvest, passes_of, windows
 from pvsae.saes.info import OutlierFilter, SAEInfo
 from pvsae.saes.shards import Shards
+from pvsae.settings import plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MEMORY = 100  # passes over which the running median of norms forgets
@@ -265,6 +266,7 @@ class ActivationStream:
             prepend_bos=self.corpus.prepend_bos,
             context_size=config.context,
             dataset=", ".join(source.name for source in config.sources),
+            training={"corpus": plain(config)},
         )
 
     # ------------------------------------------------------------------------------------------------------ calibration
