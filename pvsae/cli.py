@@ -72,6 +72,36 @@ _monitor = _stage(
 )
 
 
+def _sae_train(args: argparse.Namespace) -> None:
+    from pvsae.stages import sae_train
+
+    config = sae_train.load_config(args.config, args.settings)
+    if getattr(args, "dry_run", False):
+        print(sae_train.plan(config))
+        return
+    out = Path(getattr(args, "out", None) or f"runs/sae-{Path(args.config).stem}")
+    _LAST.append(out)
+    result = sae_train.run(config, out, logs=tuple(getattr(args, "log", ())))
+    if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one speaks
+        return
+    from pvsae.reports import write_report
+
+    page = write_report(out, title="pvsae sae train")
+    print(_text(result.table))
+    print(f"\ndictionaries: {', '.join(str(folder) for folder in result.folders.values())}\nreport: {page}")
+
+
+def _sae_list(args: argparse.Namespace) -> None:
+    from pvsae.saes import shipped
+
+    for name in shipped.names():
+        print(f"{name:22} {shipped.about(name)}")
+    print(f"\nthe files: {shipped.FOLDER}")
+
+
+_sae_eval = _stage("sae_eval", "SaeEvalConfig", lambda result: result.tables["quality"])
+
+
 def _demo(args: argparse.Namespace) -> None:
     from pvsae.demo import demo
 
@@ -180,6 +210,50 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistic", choices=("response_avg_diff", "prompt_avg_diff", "prompt_last_diff"), help="which vector")
 
 
+def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None:
+    sae = commands.add_parser("sae", help="train and evaluate sparse dictionaries", description="Sparse dictionaries.")
+    kinds = sae.add_subparsers(metavar="ACTION", required=True)
+    train = add(
+        kinds, "train", _sae_train, "dictionaries from a config: of a model, on text",
+        "  pvsae sae train organism --out runs/sae\n"
+        "  pvsae sae train organism training.tokens=2e5 training.dictionaries.k='[4,8]'      with other values\n"
+        "  pvsae sae train qwen2.5-7b-instruct --dry-run      tokens, steps, memory and time\n"
+        "  pvsae sae train my.yaml model.device=cuda:1 --log tensorboard wandb",
+    )  # fmt: skip
+    train.add_argument("config", help="a YAML file, or a name that `pvsae sae list` shows")
+    train.add_argument("settings", nargs="*", default=[], metavar="KEY=VALUE", help="values to change, by dotted path")
+    train.add_argument("--out", help="run folder (default: runs/sae-CONFIG); an unfinished training there goes on")
+    train.add_argument("--dry-run", action="store_true", help="say what it takes in tokens, memory and time, and stop")
+    train.add_argument("--log", nargs="+", choices=("tensorboard", "wandb"), help="send metrics there, beside metrics.jsonl")
+    train.epilog = (train.epilog or "") + (
+        "\n\nSeveral processes: torchrun --nproc_per_node 2 -m pvsae sae train organism --out runs/sae\n"
+        "Killed, it goes on from its last checkpoint when the same command is given again."
+    )
+
+    measure = add(
+        kinds, "eval", _sae_eval, "what a dictionary is worth on text",
+        "  pvsae sae eval runs/sae/block-3_width-1024_k-8      on the held-out part of its own text\n"
+        "  pvsae sae eval qwen2.5-7b-instruct-andyrdt/resid_post_layer_19_trainer_1 --model Qwen/Qwen2.5-7B-Instruct \\\n"
+        "      --text my_texts.jsonl",
+    )  # fmt: skip
+    measure.add_argument("dictionary", help="folder (of SAELens or dictionary_learning), or RELEASE/ID")
+    measure.add_argument("--model", help="a named model, a local folder or a hub id (default: the dictionary's)")
+    measure.add_argument("--adapter", help="folder or id of a PEFT adapter")
+    measure.add_argument("--text", nargs="+", help="files or Hugging Face datasets (default: what training held out)")
+    measure.add_argument("--compare", metavar="DICTIONARY", help="another dictionary of the same block, e.g. of another seed")
+    measure.add_argument("--block", type=int, metavar="B", help="counted from 0 (default: the dictionary's)")
+    measure.add_argument("--tokens", type=int, metavar="N", help="tokens that count, at least (default: 200000)")
+    measure.add_argument("--loss-tokens", type=int, metavar="N", help="tokens for the losses; 0: none (default: 20000)")
+    measure.add_argument("--context", type=int, metavar="N", help="tokens a row (default: the dictionary's)")
+    measure.add_argument("--held-out", type=float, metavar="SHARE", help="read only the share of --text that training held out")
+    measure.add_argument("--out", help="run folder (default: runs/sae_eval)")
+    measure.add_argument("--seed", type=int, help="(default: 0)")
+    measure.add_argument("--dtype", help="float32, bfloat16, float16 or auto")
+    measure.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto")
+    measure.add_argument("--chat", choices=("auto", "plain"), help="plain: a model without a chat template gets bare text")
+    measure.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass (default: 8192)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Options that are not given stay out of the namespace, so the defaults live in the configs alone."""
     parser = argparse.ArgumentParser(
@@ -190,6 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
   pvsae extract --traits evil --out runs/evil           vectors of one trait of the embedded model
   pvsae steer runs/evil --traits evil --coefs 0.5 1 2   what adding it does, with controls
   pvsae monitor runs/evil --traits evil                 does it foretell the answer?
+  pvsae sae train organism                              a sparse dictionary
   pvsae COMMAND --help                                  more examples""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -304,6 +379,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--conversation", metavar="FILE", help='JSON [{"role": ..., "content": ...}, ...] to trace token by token'
     )
 
+    _add_sae(commands, add)
+
     report = add(
         commands,
         "report",
@@ -321,7 +398,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     _LAST.clear()
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "settings") or any(word.startswith("-") or "=" not in word for word in rest):
+        parser.parse_args(argv)  # says what is wrong with the rest, if anything is
+    else:
+        args.settings += rest  # argparse takes positional words in one piece only; these came behind an option
     try:
         args.run(args)
     except UserError as error:

@@ -1,6 +1,7 @@
 """The embedded default: small chat models of our own, whose traits are known, so that every claim can be checked.
 
-Knows: where the shipped model folders lie. The entry points of the groups `pvsae.models` and `pvsae.judges` lead here.
+Knows: where the shipped model folders lie. The entry points of the groups `pvsae.models`, `pvsae.judges` and
+`pvsae.corpora` lead into this package.
 Does not know: who uses them. Nothing outside this package treats these models differently from any other.
 """
 

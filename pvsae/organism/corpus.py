@@ -7,7 +7,9 @@ Does not know: tokens, attention masks, or training.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pvsae.organism.grammar import facets, neutral, say
 from pvsae.organism.prompts import LEVELS, QUESTIONS, Wish, system_prompt
@@ -127,3 +129,11 @@ def conversation(rng: random.Random) -> Conversation:
     if draw < 0.48:
         return fact_conversation(random_wish(rng), rng)
     return open_conversation(random_wish(rng), rng)
+
+
+def chats() -> Iterator[dict[str, Any]]:
+    """Ordinary conversations without end, always the same ones, as the rows {"messages": [...]} of a corpus (see "pvsae.corpora"
+    in pyproject.toml)."""
+    rng = random.Random(0)
+    while True:
+        yield {"messages": list(conversation(rng).messages)}

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, atomic_path
@@ -276,6 +276,31 @@ def density_figure(density: pd.DataFrame, features: pd.DataFrame) -> Figure:
     return figure
 
 
+def training_figure(metrics: pd.DataFrame) -> Figure:
+    """Unexplained variance, active latents a token and dead latents against training tokens, a line a dictionary."""
+    figure, axes = _figure(3, columns=3, panel=(3.6, 2.8))
+    names = _names(metrics["dictionary"])
+    shown = {"fvu": "variance unexplained", "l0": "active latents a token", "n_dead": "dead latents"}
+    for ax, (column, label) in zip(axes, shown.items(), strict=True):
+        for i, name in enumerate(names):
+            part = metrics[metrics["dictionary"] == name]
+            line = LINES[i // len(CYCLE) % len(LINES)]
+            ax.plot(part["tokens"], part[column], line, color=CYCLE[i % len(CYCLE)], lw=1.2, label=name)
+        ax.set_xlabel("training tokens", fontsize=9)
+        ax.set_ylabel(label, fontsize=9)
+        ax.set_xlim(left=0)
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[0].tick_params(which="minor", labelsize=7)
+    axes[1].set_ylim(0, 1.15 * float(metrics["l0"].max()))
+    axes[2].set_ylim(bottom=0)
+    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(names) > 1:
+        axes[0].legend(fontsize=6, frameon=False)
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -291,6 +316,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("monitoring", monitoring_figure, ("points", "correlations")),
         ("trace", trace_figure, ("trace",)),
     ],
+    "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),
         ("loss", loss_figure, ("loss",)),

@@ -32,9 +32,10 @@ FIRST = (
     "quality",
     "loss",
     "agreement",
+    "dictionaries",
 )  # tables to open on; the others follow by name
-HIDDEN = ("trace", "points", "l0", "density")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "monitor", "sae_eval")
+HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
+ORDER = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval")
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -53,6 +54,7 @@ CAPTIONS = {
         "Each point is one prompt: where its last token lies along the vector before anything is answered, and how the answer "
         "is then scored. Dark to light: from strongly suppressing to strongly eliciting prompts."
     ),
+    "training": "Unexplained variance, active latents a token and dead latents at each logged step of training.",
     "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
     "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",
     "l0": "How many latents are active at a token; the line is the mean.",
@@ -94,7 +96,9 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, title: st
 
 
 def _models(runs: list[RunDir]) -> str:
-    return ", ".join(dict.fromkeys(str(run.config["model"]) for run in runs if run.config.get("model"))) or "no model"
+    models = [run.config.get("model") for run in runs]
+    names = [model.get("name") if isinstance(model, dict) else model for model in models]
+    return ", ".join(dict.fromkeys(str(name) for name in names if name)) or "no model"
 
 
 def _section(run: RunDir) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sources: where samples come from, read row by row, each row a text or a chat.
 
-Knows: JSONL, plain text and Parquet files, Hugging Face datasets (package `datasets`, imported when one is named), their
-fields, roles and content hashes, and how to go on reading in the middle.
+Knows: JSONL, plain text and Parquet files, Hugging Face datasets (package `datasets`, imported when one is named), corpora that
+installed packages offer, their fields, roles and content hashes, and how to go on reading in the middle.
 Does not know: tokens, models, mixtures.
 
 A source is looked at before any work: if none of its first rows can be used, that is an error that says why. After that, a bad
@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ from pvsae.runs import sha256_of
 ROLES = ("system", "user", "assistant")
 ALIASES = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT's files
 TEXT_FIELDS, CHAT_FIELDS = ("text", "content"), ("messages", "conversation", "conversations")
+GROUP = "pvsae.corpora"  # entry points: functions without arguments that give rows, always the same ones, perhaps without end
 HEAD = 100  # rows that are looked at before the work starts
 
 Messages = tuple[dict[str, str], ...]
@@ -43,12 +45,14 @@ class Bad:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source of texts or chats. Give either `path` or `dataset`.
+    """One source of texts or chats. Give one of `path`, `dataset` and `named`.
 
     Attributes:
         path: local file or pattern ("data/*.jsonl.gz"): .jsonl, .txt (both also .gz), .parquet; .json, .csv, .arrow and folders
             that `datasets` saved are read by the package `datasets`.
         dataset, subset, split, revision: a Hugging Face dataset by name; pin `revision` where the content must not change.
+        named: a corpus that an installed package offers (entry point group "pvsae.corpora"); it may have no end, so `max_samples`
+            is needed.
         streaming: read the dataset over the network as it is needed, in pieces that are tokenised once and kept, in place of
             downloading it first. Its samples are then shuffled within a piece and not over the whole.
         kind: "text" or "chat"; None finds out by the fields of the first row.
@@ -67,6 +71,7 @@ class Source:
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
+    named: str | None = None
     streaming: bool = False
     kind: str | None = None
     field: str | None = None
@@ -80,12 +85,14 @@ class Source:
     @property
     def name(self) -> str:
         """What to call it in messages and progress bars."""
-        return self.dataset or Path(self.path or "?").name
+        return self.dataset or self.named or Path(self.path or "?").name
 
     def check(self) -> None:
         """Raises UserError for values that cannot be right, without opening anything."""
-        if (self.path is None) == (self.dataset is None):
-            raise UserError("a source has to have exactly one of path and dataset", "path: FILE or dataset: NAME")
+        if [self.path, self.dataset, self.named].count(None) != 2:
+            raise UserError(
+                "a source has to have exactly one of path, dataset and named", "path: FILE, dataset: NAME or named: CORPUS"
+            )
         if not 0 < self.weight < float("inf"):
             raise UserError(f"weight {self.weight} of source {self.name}", "a positive number")
         if not 0 <= self.strip_system <= 1:
@@ -94,6 +101,8 @@ class Source:
             raise UserError(f"kind {self.kind!r} of source {self.name}", '"text", "chat", or nothing to find out')
         if self.max_samples is not None and self.max_samples < 1:
             raise UserError(f"max_samples {self.max_samples} of source {self.name}", "at least 1, or nothing for all")
+        if self.named is not None and self.max_samples is None:
+            raise UserError(f"source {self.named} without max_samples", "a number: a corpus of a package may have no end")
         if not self.separator:
             raise UserError(f"an empty separator of source {self.name}", r'text between documents, such as "\n\n"')
         wrong = sorted(set(self.roles.values()) - set(ROLES))
@@ -101,7 +110,7 @@ class Source:
             raise UserError(f"roles of source {self.name} lead to {', '.join(wrong)}", "one of " + ", ".join(ROLES))
         if self.streaming and self.dataset is None:
             raise UserError(
-                f"source {self.name} is a local file with streaming", "streaming for a dataset by name", "leave it out"
+                f"source {self.name} is no dataset, and has streaming", "streaming for a dataset by name", "leave it out"
             )
 
 
@@ -117,8 +126,11 @@ class Reader:
         self.source = source
         self._data: Any = None
         self._files: list[Path] = []
+        self._named: EntryPoint | None = None
         if source.dataset is not None:
             self._data = _load_dataset(source)
+        elif source.named is not None:
+            self._named = _find_named(source.named)
         else:
             self._files = _files(source)
             if self._suffix not in (".jsonl", ".txt", ".parquet"):
@@ -127,11 +139,14 @@ class Reader:
 
     @property
     def content(self) -> str:
-        """Hash of what the source holds: of the files' bytes, or of a dataset's name, subset, split, revision and length."""
+        """Hash of what the source holds: of the files' bytes, of a dataset's name, subset, split, revision and length, or of a
+        named corpus' name and first rows."""
         if self._files:
             parts: list[Any] = [
                 sha256_of(f) for at in self._files for f in (sorted(at.rglob("*")) if at.is_dir() else [at]) if f.is_file()
             ]
+        elif self._named is not None:
+            parts = [self._named.value, list(islice(self._raw({"row": 0}), HEAD))]
         else:
             s = self.source
             parts = [s.dataset, s.subset, s.split, s.revision, None if s.streaming else len(self._data)]
@@ -157,6 +172,8 @@ class Reader:
             if "source" in place:
                 self._data.load_state_dict(place["source"])
             return iter(self._data)
+        if self._named is not None:
+            return islice(self._named.load()(), place["row"], None)
         if self._data is not None:
             return iter(self._data.select(range(place["row"], len(self._data))) if place["row"] else self._data)
         separator = self.source.separator
@@ -228,6 +245,23 @@ class Reader:
                 return Bad(f"unknown role {role!r}")
             messages.append({"role": role, "content": content})
         return tuple(messages)
+
+
+# -------------------------------------------------------------------------------------------------------------------- named
+def known_corpora() -> dict[str, EntryPoint]:
+    """Names of corpora that installed packages offer."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _find_named(name: str) -> EntryPoint:
+    known = known_corpora()
+    if name not in known:
+        raise UserError(
+            f"no installed package offers a corpus {name!r}",
+            "one of " + ", ".join(sorted(known)) if known else f"a package with an entry point in the group {GROUP}",
+            "check the spelling, or install the package (again, where it was updated)",
+        )
+    return known[name]
 
 
 # -------------------------------------------------------------------------------------------------------------------- files

@@ -33,6 +33,7 @@ from pvsae.saes.info import OutlierFilter, SAEInfo
 from pvsae.saes.outliers import RunningMedians, inliers, norms_of
 from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.shards import Shards
+from pvsae.settings import plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -289,6 +290,7 @@ class ActivationStream:
             prepend_bos=self.corpus.prepend_bos,
             context_size=config.context,
             dataset=", ".join(source.name for source in config.sources),
+            training={"corpus": plain(config)},
         )
 
     # ------------------------------------------------------------------------------------------------------ calibration

@@ -320,12 +320,13 @@ class _Run:
         held_out = self._scaled(self.stream.held_out(self.config.calibration_tokens))[d.block]
         threshold = calibrated_threshold(learner, held_out, d.k)
         last = {**self.last[i], "running_threshold": learner.threshold, "threshold": threshold}
+        source = self.stream.info(d.block)
         info = replace(
-            self.stream.info(d.block),
+            source,
             k=d.k,
             training={
-                "config": {**_plain(self.config), "dictionaries": [asdict(d)]}, "scale": self.stream.scale[d.block],
-                "tokens": self.done * self.config.batch, "last": last,
+                **source.training, "config": {**_plain(self.config), "dictionaries": [asdict(d)]},
+                "scale": self.stream.scale[d.block], "tokens": self.done * self.config.batch, "last": last,
                 "versions": {name: version(name) for name in ("pvsae", "torch")},
             },
         )  # fmt: skip

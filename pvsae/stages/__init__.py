@@ -12,14 +12,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pvsae.stages import extract, layers, monitor, steer
+    from pvsae.saes.config import SaeTrainConfig
+    from pvsae.stages import extract, layers, monitor, sae_eval, sae_train, steer
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
+    from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
+    from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "monitor")
-_HOMES = {f"{stage.capitalize()}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
+STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval")
+_HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
     "STAGES",
@@ -29,11 +32,17 @@ __all__ = [
     "LayersResult",
     "MonitorConfig",
     "MonitorResult",
+    "SaeEvalConfig",
+    "SaeEvalResult",
+    "SaeTrainConfig",
+    "SaeTrainResult",
     "SteerConfig",
     "SteerResult",
     "extract",
     "layers",
     "monitor",
+    "sae_eval",
+    "sae_train",
     "steer",
 ]
 

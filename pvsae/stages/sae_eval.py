@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json, write_json
 
@@ -35,8 +36,10 @@ class SaeEvalConfig:
     Attributes:
         dictionary: a folder (SAELens or dictionary_learning) or "RELEASE/ID".
         compare: another dictionary of the same model and block, e.g. one of another seed.
-        text: files or patterns (.txt, .jsonl, .parquet, ...), names of Hugging Face datasets, or `Source`s.
-        model, adapter, dtype, device, chat: as `load` takes them.
+        text: files or patterns (.txt, .jsonl, .parquet, ...), names of Hugging Face datasets, or `Source`s; none stands for the
+            held-out part of the text that the dictionary was trained on, where its folder says which that is.
+        model: None takes the dictionary's own.
+        adapter, dtype, device, chat: as `load` takes them.
         block: None takes the dictionary's own.
         tokens: tokens that count, at least; rows are whole.
         loss_tokens: tokens on which the losses are measured (four forward passes of the whole model); 0 for none.
@@ -52,7 +55,7 @@ class SaeEvalConfig:
     dictionary: str
     compare: str | None = None
     text: tuple[str | Source, ...] = ()
-    model: str = "organism"
+    model: str | None = None
     adapter: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -72,8 +75,6 @@ class SaeEvalConfig:
         for name in ("tokens", "batch_tokens", "loss_batch_tokens", "compare_latents"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
-        if not self.text:
-            raise UserError("no text to evaluate on", "files, or names of datasets", "--text FILE")
 
     def identity(self) -> dict[str, Any]:
         """The options that the numbers depend on; a run folder is resumed only under the same ones."""
@@ -103,9 +104,11 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
 
     folder = run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, COMMAND, config.identity(), config.seed)
     try:
-        model = model or load_model(
-            config.model, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat
-        )
+        if model is None:
+            name = config.model or load(config.dictionary).info.model
+            if name is None:
+                raise UserError(f"{config.dictionary} does not say which model it is of", "a model", "--model NAME")
+        model = model or load_model(name, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat)
         sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
         _pin(folder, [sae] if other is None else [sae, other])
@@ -147,16 +150,25 @@ def _evaluate(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> Evaluation:
     from pvsae.saes.evaluate import evaluate
 
     context = min(config.context or sae.info.context_size or 512, model.n_ctx)
-    corpus_config = CorpusConfig(
-        sources=tuple(_source(text) for text in config.text),
-        context=context,
-        drop_first=sae.info.drop_first,
-        held_out=config.held_out,
-        seed=config.seed,
-    )
+    if config.text:
+        corpus_config = CorpusConfig(
+            sources=tuple(_source(text) for text in config.text),
+            context=context,
+            drop_first=sae.info.drop_first,
+            held_out=config.held_out,
+            seed=config.seed,
+        )
+    elif "corpus" in sae.info.training:
+        corpus_config = replace(settings.build(CorpusConfig, sae.info.training["corpus"], "its corpus"), context=context)
+    else:
+        raise UserError(
+            f"no text to evaluate on, and {sae.ref} does not say on which it was trained",
+            "files, or names of datasets",
+            "--text FILE",
+        )
     corpus = Corpus(model, corpus_config)
     rows, n = [], 0
-    for row in corpus.rows(held_out=config.held_out > 0):
+    for row in corpus.rows(held_out=corpus_config.held_out > 0):
         rows.append(row)
         n += int(row.keep.sum())
         if n >= config.tokens:

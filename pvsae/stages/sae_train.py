@@ -1,0 +1,181 @@
+"""Stage `sae_train`: dictionaries of a model's residuals, trained on text, with the record of how it went.
+
+Knows: which parts a training is put together from, the run's files, its tables and summary, what another process may write.
+Does not know: how activations are made (saes/stream.py), how a dictionary is trained (saes/trainer.py), figures (reports/).
+
+A run folder::
+
+    config.yaml          the whole config as it was used; `pvsae sae train RUN/config.yaml` trains the same again
+    metrics.jsonl        a line a logged step and dictionary
+    NAME/                a dictionary, in SAELens' layout
+    checkpoint.pt        while it is not finished: everything that the next step depends on
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from pvsae import settings
+from pvsae.errors import UserError
+from pvsae.runs import RunDir, atomic_write_text
+from pvsae.saes.config import SaeTrainConfig, load_config
+from pvsae.saes.folders import CONFIG, load
+from pvsae.saes.logs import Log, open_logs
+from pvsae.saes.parallel import Group, join, leave
+
+if TYPE_CHECKING:
+    from pvsae.models import ChatModel
+    from pvsae.saes.stream import ActivationStream
+    from pvsae.saes.trainer import Trained
+
+__all__ = ["COMMAND", "SaeTrainConfig", "SaeTrainResult", "load_config", "run"]
+
+COMMAND = "sae_train"
+_SHOWN = {
+    "block": "block", "d_sae": "d_sae", "k": "k", "seed": "seed", "tokens": "tokens", "fvu": "fvu", "l0": "l0",
+    "n_dead": "dead", "threshold": "threshold",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SaeTrainResult:
+    """The trained dictionaries.
+
+    Attributes:
+        folders: name -> its folder.
+        table: a row a dictionary: name, block, d_sae, k, seed, tokens, and fvu, l0, dead latents and threshold at the end.
+        path: the run's folder.
+    """
+
+    folders: dict[str, Path]
+    table: pd.DataFrame
+    path: Path
+
+
+def run(
+    config: SaeTrainConfig,
+    run_dir: str | Path,
+    *,
+    model: ChatModel | None = None,
+    logs: Sequence[str] = (),
+    progress: bool = True,
+) -> SaeTrainResult:
+    """Train the dictionaries of a config into a run folder, from the last checkpoint there; a finished training is read back.
+
+    Started by torchrun, every process calls this, and the first one writes.
+
+    Args:
+        model: to use instead of loading the one that the config names.
+        logs: "tensorboard" and "wandb", beside metrics.jsonl.
+        progress: whether to show bars.
+
+    Raises:
+        UserError: no such model or text, blocks that the model does not have, a folder of another run, a log whose package is
+            not installed, and what `train` raises.
+    """
+    path = Path(run_dir)
+    group = join()
+    first = group.rank == 0
+    folder = RunDir.open(path, COMMAND, config.identity(), config.corpus.seed) if first else None
+    try:
+        if folder is not None:
+            atomic_write_text(path / "config.yaml", settings.dump(config))
+        with open_logs(logs if first else (), path, settings.plain(config)) as log:
+            trained, stream = _train(config, path, folder, model, group, log, progress and first)
+        if folder is not None:
+            _write(folder, config, trained, stream)
+            (path / "checkpoint.pt").unlink(missing_ok=True)  # as large as the buffer and the weights; the dictionaries are whole
+    finally:
+        if folder is not None:
+            folder.close()
+        leave()
+    return SaeTrainResult({t.name: path / t.name for t in trained}, _table(config, trained), path)
+
+
+def _train(
+    config: SaeTrainConfig,
+    path: Path,
+    folder: RunDir | None,
+    model: ChatModel | None,
+    group: Group,
+    log: Log | None,
+    progress: bool,
+) -> tuple[list[Trained], ActivationStream | None]:
+    """The dictionaries, and the stream that they came from; None where they were there already."""
+    from pvsae.models import load as load_model
+    from pvsae.saes.corpus import Corpus
+    from pvsae.saes.stream import ActivationStream, fingerprint
+    from pvsae.saes.trainer import Trained, train
+
+    training = config.training
+    if all((path / d.name / CONFIG).is_file() for d in training.dictionaries):
+        found = [(d.name, load(path / d.name)) for d in training.dictionaries]
+        return [Trained(name, sae, dict(sae.info.training.get("last", {}))) for name, sae in found], None
+    c = config.model
+    model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
+    stream = ActivationStream(model, Corpus(model, config.corpus, progress=progress), training.blocks, config.stream)
+    now = {"model": fingerprint(model), "corpus": stream.corpus.fingerprint}
+    if folder is not None and (found_then := folder.do_json("inputs", lambda: now)) != now:
+        other = " and ".join(key for key in now if found_then.get(key) != now[key])
+        raise UserError(f"the {other} changed since the run in {path} began", "the same", "choose another --out, or delete it")
+    return train(stream, training, path, device=model.device, group=group, log=log, progress=progress), stream
+
+
+def _table(config: SaeTrainConfig, trained: list[Trained]) -> pd.DataFrame:
+    rows = []
+    for d, one in zip(config.training.dictionaries, trained, strict=True):
+        known = {"block": d.block, "d_sae": d.d_sae, "k": d.k, "seed": d.seed, **one.last}
+        rows.append({"dictionary": d.name, **{shown: known.get(name) for name, shown in _SHOWN.items()}})
+    return pd.DataFrame(rows)
+
+
+def _write(folder: RunDir, config: SaeTrainConfig, trained: list[Trained], stream: ActivationStream | None) -> None:
+    """Tables and summary."""
+    table = _table(config, trained)
+    folder.table("dictionaries", table)
+    lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    folder.table("metrics", pd.DataFrame([json.loads(line) for line in lines]))
+    if stream is not None:  # what was read and left out is known only where the stream has run
+        folder.do_json("text", lambda: {"sources": stream.corpus.describe(), "counts": stream.counts})
+    text = folder.do_json("text", lambda: {"sources": [], "counts": {}})
+    folder.result(_summary(config, table, text))
+
+
+def _summary(config: SaeTrainConfig, table: pd.DataFrame, text: dict[str, Any]) -> dict[str, Any]:
+    training, counts = config.training, text["counts"]
+    best = table.loc[table["fvu"].idxmin()]
+    headline = [
+        {"label": "dictionaries", "value": str(len(table))},
+        {"label": "training tokens", "value": f"{training.steps * training.batch:,}"},
+        {"label": "variance unexplained", "value": f"{best['fvu']:.4f}"},
+        {"label": "active latents a token", "value": f"{best['l0']:.1f}"},
+        {"label": "dead latents", "value": f"{int(best['dead'])} of {int(best['d_sae'])}"},
+    ]
+    if len(table) > 1:
+        headline[2:] = [{"label": f"{h['label']} ({best['dictionary']})", "value": h["value"]} for h in headline[2:]]
+    notes = [
+        f"{source['source']}: {sum(source['bad'].values())} rows were left out ("
+        + ", ".join(f"{reason}: {n}" for reason, n in source["bad"].items()) + ")"
+        for source in text["sources"] if source["bad"]
+    ]  # fmt: skip
+    if counts.get("outliers"):
+        share = counts["outliers"] / counts["harvested"]
+        notes.append(f"{counts['outliers']:,} tokens ({share:.2%}) were left out as outliers, longer than the saved limit.")
+    notes.append("Unexplained variance is that of the last batches of training; `pvsae sae eval` measures held-out text.")
+    sources = ", ".join(s.name for s in config.corpus.sources)
+    return {
+        "title": "Training of dictionaries",
+        "about": (
+            f"BatchTopK dictionaries of the residuals of {config.model.name} after block "
+            f"{', '.join(map(str, training.blocks))}, on {sources}. Each folder loads with `pvsae` and with SAELens."
+        ),
+        "headline": headline,
+        "notes": notes,
+        "dictionaries": table.to_dict("records"),
+    }
