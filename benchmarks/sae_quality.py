@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, a tenth of the steps")
     parser.add_argument("--stories", type=Path, help="folder of a model that tells stories; left out if not given")
     options = parser.parse_args()
-    steps, n_seeds = (300, 1) if options.quick else (3000, 3)
+    steps, n_seeds = (300, 1) if options.quick else (1000, 3)
     organism = load("organism", dtype="float32", device="cpu")
     sets = {"organism": (activations(organism, organism_rows(organism, 1500), organism.n_blocks // 2), 1024, 16)}
     if options.stories is not None:
