@@ -153,7 +153,7 @@ def evaluate(
         return _of_activations(sae, _by_batch(sae, activations, block, batch_tokens), dense_above)
     assert model is not None
     assert rows is not None
-    block = _check(sae, model, block)
+    block = check_block(sae, model, block)
     kept_rows = _rows(rows, model, sae.info.drop_first)
     notes: list[str] = []
     sae = _calibrated(sae, model, kept_rows, block, batch_tokens, notes)
@@ -217,7 +217,8 @@ def _evaluation(
 
 
 # ------------------------------------------------------------------------------------------------------------------- residuals
-def _check(sae: SAE, model: ChatModel, block: int | None) -> int:
+def check_block(sae: SAE, model: ChatModel, block: int | None = None) -> int:
+    """The block at which to evaluate (None: the dictionary's own). UserError where dictionary, block and model do not fit."""
     sae.check_model(model)
     block = sae.info.block if block is None else block
     if sae.info.site != "resid_post":

@@ -20,6 +20,7 @@ from pvsae.runs import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
+    from pvsae.saes.corpus import Row
     from pvsae.saes.dictionary import SAE
     from pvsae.saes.evaluate import Evaluation
     from pvsae.saes.sources import Source
@@ -111,10 +112,12 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
             model = load_model(name, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat)
         sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
+        # What can be wrong with the text shows here, while the options may still be put right: nothing is pinned yet.
+        rows = [] if "evaluation" in folder.finished else _rows(config, model, sae)
         _pin(folder, [sae] if other is None else [sae, other])
         with folder.step("evaluation") as step:
             if not step.done:
-                _write(_evaluate(config, model, sae), step.folder)
+                _write(_evaluate(config, model, sae, rows or _rows(config, model, sae)), step.folder)
         tables = {file.stem: pd.read_parquet(file) for file in sorted((folder.path / step.name).glob("*.parquet"))}
         numbers = read_json(folder.path / step.name / "summary.json")
         if other is not None:
@@ -145,10 +148,12 @@ def _pin(folder: RunDir, dictionaries: Iterable[SAE]) -> None:
         )
 
 
-def _evaluate(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> Evaluation:
+def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:
+    """The rows to evaluate on. UserError for a dictionary that does not fit the model's block, and for no usable text."""
     from pvsae.saes.corpus import Corpus, CorpusConfig
-    from pvsae.saes.evaluate import evaluate
+    from pvsae.saes.evaluate import check_block
 
+    check_block(sae, model, config.block)
     context = min(config.context or sae.info.context_size or 512, model.n_ctx)
     if config.text:
         corpus_config = CorpusConfig(
@@ -167,7 +172,8 @@ def _evaluate(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> Evaluation:
             "--text FILE",
         )
     corpus = Corpus(model, corpus_config)
-    rows, n = [], 0
+    rows: list[Row] = []
+    n = 0
     for row in corpus.rows(held_out=corpus_config.held_out > 0):
         rows.append(row)
         n += int(row.keep.sum())
@@ -175,6 +181,12 @@ def _evaluate(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> Evaluation:
             break
     if not rows:
         raise UserError("the text has no token that counts", "text", "look at --text and --held-out")
+    return rows
+
+
+def _evaluate(config: SaeEvalConfig, model: ChatModel, sae: SAE, rows: list[Row]) -> Evaluation:
+    from pvsae.saes.evaluate import evaluate
+
     return evaluate(
         sae,
         model,

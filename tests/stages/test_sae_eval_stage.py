@@ -108,6 +108,20 @@ def test_another_dictionary_under_the_same_name_is_refused(made, tmp_path):
         run(config, tmp_path / "run", model=model)
 
 
+def test_options_that_were_wrong_are_put_right_in_the_same_folder(made, tmp_path):
+    model, config = made
+    (tmp_path / "empty.txt").write_text("")
+    for message, wrong in {
+        "does not say on which it was trained": replace(config, text=()),
+        "nowhere": replace(config, text=(str(tmp_path / "nowhere.txt"),)),
+        "block 9": replace(config, block=9),
+        "empty": replace(config, text=(str(tmp_path / "empty.txt"),)),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run(wrong, tmp_path / "run", model=model)
+    assert run(config, tmp_path / "run", model=model).summary["d_sae"] == 96
+
+
 def test_held_out_text_alone(made, tmp_path):
     from pvsae.saes.corpus import Corpus, CorpusConfig
     from pvsae.saes.sources import Source
@@ -122,8 +136,6 @@ def test_held_out_text_alone(made, tmp_path):
 
 def test_what_cannot_be_evaluated_is_said(made, tmp_path):
     model, config = made
-    with pytest.raises(UserError, match="no text"):
-        SaeEvalConfig(dictionary="x")
     with pytest.raises(UserError, match="tokens is 0"):
         replace(config, tokens=0)
     save(make_sae(), tmp_path / "small")

@@ -11,6 +11,7 @@ import torch
 from byte_judge import ByteJudge
 
 from pvsae.errors import UserError
+from pvsae.reports import write_report
 from pvsae.stages import ExtractConfig, SteerConfig, extract, steer
 from pvsae.stages.steer import ALL_BLOCKS, additions, random_like, turned_at_random
 from pvsae.vectors import PersonaVectors, Rollouts
@@ -75,6 +76,27 @@ def test_failed_scores_leave_the_mean_and_are_counted(tmp_path, tiny_models, sta
         assert row.n_failed_trait == scores.isna().sum()
         assert row.trait_score == pytest.approx(scores.dropna().mean())
     assert result.table["n_failed_trait"].sum() > 0
+
+
+def test_a_strength_with_no_score_at_all_does_not_end_the_run(tmp_path, tiny_models, stage_library, vectors_run) -> None:
+    class FindsNoNumber(ByteJudge):
+        """Gives up on the answers under the strongest coefficient, which are judged fifth."""
+
+        calls = 0
+
+        def score(self, metric, pairs, progress=None):
+            scores = super().score(metric, pairs, progress)
+            self.calls += metric.name == "gloomy"
+            return [replace(s, value=None, mode="failed") for s in scores] if self.calls == 5 else scores
+
+    setup, model = config(vectors_run, stage_library), tiny_models("qwen2")
+    table = steer.run(setup, tmp_path / "run", model=model, judge=FindsNoNumber()).table
+    (broken,) = table[table["trait_score"].isna()].itertuples()
+    assert (broken.condition, broken.coef, broken.n_failed_trait, broken.n) == ("vector", 2.0, 8, 8)
+    write_report(tmp_path / "run")
+    pd.testing.assert_frame_equal(steer.run(setup, tmp_path / "run", model=model, judge=ByteJudge()).table, table)
+    with pytest.raises(UserError, match="scored none of 8 answers"):
+        steer.run(setup, tmp_path / "other", model=model, judge=ByteJudge(fail_every=1))
 
 
 def test_random_controls_have_the_vectors_length_at_every_block() -> None:
