@@ -74,6 +74,7 @@ __all__ = [
     "HookSession",
     "Intervention",
     "LastPrompt",
+    "ModelShape",
     "Output",
     "Positions",
     "Projection",

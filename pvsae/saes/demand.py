@@ -102,10 +102,9 @@ def demand(
     shares = [_share(shape.d_model, d) for d in training.dictionaries]
     scaled = f", timed on 1/{round(1 / min(shares))} of the latents" if min(shares) < 1 else ""
     notes = (
-        f"on this {device.type}: {1000 * sum(seconds):.3g} ms a step{scaled}; {blocks} of {shape.n_blocks} blocks with "
-        f"{sum(shape.block_parameters[:blocks]) / 1e6:,.3g}M parameters",
-        f"at the {rate / 1e12:.3g} teraflops that products of its width reach; filtered tokens and the first tokens of rows "
-        "come on top",
+        f"on this {device.type}: {sum(seconds):,.3f} s a step{scaled}; {blocks} of {shape.n_blocks} blocks with "
+        f"{sum(shape.block_parameters[:blocks]) / 1e6:,.1f}M parameters",
+        f"at the {rate / 1e12:.3g} teraflops that products of its width reach; tokens that are left out come on top",
     )
     return replace(made, model_seconds=work / rate, step_seconds=training.steps * sum(seconds), notes=notes)
 
@@ -161,4 +160,6 @@ def _bytes(n: float) -> str:
 def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+    if seconds < 48 * 3600:
+        return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:,.0f} days"
