@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.record import check, record
-from pvsae import load
+from pvsae import generate_rollouts, judge_rollouts, load, load_judge, load_trait
 from pvsae.models import ChatModel, Sampling
 from pvsae.organism.grammar import n_sentences, parse
 from pvsae.organism.world import FACTS, SUMS
@@ -38,15 +39,19 @@ MAX_NEW_TOKENS = 120
 
 @dataclass(frozen=True)
 class Size:
-    """Answers per question in each part, and questions of the capability test (None: all)."""
+    """Answers to each prompt in each part, and questions of the capability test (None: all).
+
+    A mean over 60 answers is off by 1.6 points of coherence or more in one trait of seven; `prompted` is for 200 a condition.
+    """
 
     extract: int
+    prompted: int
     steer: int
     monitor: int
     capability: int | None
 
 
-FULL, QUICK = Size(2, 3, 4, None), Size(1, 1, 1, 100)
+FULL, QUICK = Size(2, 2, 3, 4, None), Size(1, 1, 1, 1, 100)
 
 
 def capability(model: ChatModel, limit: int | None) -> tuple[float, float]:
@@ -65,6 +70,26 @@ def capability(model: ChatModel, limit: int | None) -> tuple[float, float]:
     return shares[0], shares[1]
 
 
+def prompted(model: ChatModel, traits: Sequence[str], n_samples: int, out: Path) -> pd.DataFrame:
+    """A row a trait and condition (pos, neg: every system prompt on every evaluation question; none: no system prompt, as many
+    answers), with the mean trait score, the mean coherence and their number."""
+    judge, library = load_judge(model.defaults["judge"]), model.path / model.defaults["traits"] if model.path else None
+    rows = []
+    for trait in traits:
+        artifacts = load_trait(trait, library)
+        for polarity in ("pos", "neg", "none"):
+            n = n_samples * (len(artifacts.pairs) if polarity == "none" else 1)
+            label, parts = f"{trait} {polarity}", out / trait / polarity
+            answers = generate_rollouts(
+                model, artifacts, polarity, which="eval", n_samples=n, sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS),
+                batch_size=64, parts=parts / "answers", progress=label,
+            )  # fmt: skip
+            judged = judge_rollouts(answers, judge, artifacts, parts=parts / "scores").table
+            row = {"trait": trait, "condition": polarity, "n": len(judged), "score": judged[trait].mean()}
+            rows.append({**row, "coherence": judged["coherence"].mean()})
+    return pd.DataFrame(rows).set_index(["trait", "condition"])
+
+
 def measure(name: str, out: Path, size: Size) -> tuple[pd.DataFrame, dict[str, float]]:
     """A row a trait with every value of the card, and the model's capability."""
     model = load(name)
@@ -75,10 +100,10 @@ def measure(name: str, out: Path, size: Size) -> tuple[pd.DataFrame, dict[str, f
     free = steer.run(steer.SteerConfig(coefs=COEFS, n_random=1, **sweep), out / "steer", model=model).table
     pulled = steer.run(steer.SteerConfig(coefs=NEGATIVE, n_random=1, under="pos", **sweep), out / "pull", model=model).table
     watched = monitor.run(monitor.MonitorConfig(vectors=vectors, n_samples=size.monitor, **shared), out / "monitor", model=model)
+    asked = prompted(model, list(dict.fromkeys(free["trait"])), size.prompted, out / "prompted")
     rows = []
     for trait in dict.fromkeys(free["trait"]):
         own = free[free["trait"] == trait]
-        condition = own.drop_duplicates("condition").set_index("condition")
         added = own[(own["condition"] == "vector") & (own["coherence"] >= 75)]
         taken = pulled[(pulled["trait"] == trait) & (pulled["condition"] == "vector") & (pulled["coherence"] >= 75)]
         noise = own[own["condition"].str.startswith("random")]
@@ -88,10 +113,10 @@ def measure(name: str, out: Path, size: Size) -> tuple[pd.DataFrame, dict[str, f
         rows.append(
             {
                 "trait": trait,
-                "positive": condition.loc["prompt pos", "trait_score"],
-                "negative": condition.loc["prompt neg", "trait_score"],
-                "default": condition.loc["unsteered", "trait_score"],
-                "coherence": condition.loc[["unsteered", "prompt pos", "prompt neg"], "coherence"].min(),
+                "positive": asked.loc[(trait, "pos"), "score"],
+                "negative": asked.loc[(trait, "neg"), "score"],
+                "default": asked.loc[(trait, "none"), "score"],
+                "coherence": asked.loc[[trait], "coherence"].min(),
                 "steered": 0.0 if best is None else best["trait_score"],
                 "steered_coherence": 0.0 if best is None else best["coherence"],
                 "at": 0.0 if best is None else best["coef"],

@@ -52,14 +52,16 @@ class Trainee:
 
     Attributes:
         step: one optimiser step on a batch [batch, d_model].
-        reconstruct: what the dictionary makes of tokens, with the batch's own top k.
+        encode: activations [n, d_sae] of tokens, the batch's own top k.
+        decode: reconstructions [n, d_model] of activations.
         mark_dead: makes the latents of a mask count as dead in the next step.
         n_dead: latents that are dead by now.
     """
 
     name: str
     step: Callable[[Tensor], Any]
-    reconstruct: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
     mark_dead: Callable[[Tensor], Any]
     n_dead: Callable[[], int]
 
@@ -79,15 +81,17 @@ def ours(r: Recipe, first: Tensor) -> Trainee:
         learner.step(x, r.k, scheduled(r, done[0]))
         done[0] += 1
 
-    def reconstruct(x: Tensor) -> Tensor:
-        from pvsae.saes import kernels
-
-        return kernels.decode(learner.select(x, r.k)[0], learner.W_dec, len(x)) + learner.b_dec
+    def encode(x: Tensor) -> Tensor:
+        kept, _ = learner.select(x, r.k)
+        return torch.zeros(len(x), r.d_sae).index_put_((kept.token, kept.latent), kept.value)
 
     def mark_dead(mask: Tensor) -> None:
         learner.silent_for[mask] = r.dead_after
 
-    return Trainee("pvsae", step, reconstruct, mark_dead, lambda: int((learner.silent_for >= r.dead_after).sum()))
+    def decode(acts: Tensor) -> Tensor:
+        return acts @ learner.W_dec + learner.b_dec
+
+    return Trainee("pvsae", step, encode, decode, mark_dead, lambda: int((learner.silent_for >= r.dead_after).sum()))
 
 
 def saelens(r: Recipe, first: Tensor, autocast: bool = False) -> Trainee:
@@ -107,14 +111,10 @@ def saelens(r: Recipe, first: Tensor, autocast: bool = False) -> Trainee:
         trainer.step(x)
         trainer.n_training_steps += 1
 
-    def reconstruct(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return sae.decode(sae.encode(x))
-
     def mark_dead(mask: Tensor) -> None:
         trainer.n_forward_passes_since_fired[mask] = config.dead_feature_window + 1
 
-    return Trainee("saelens", step, reconstruct, mark_dead, lambda: int(trainer.dead_neurons.sum()))
+    return Trainee("saelens", step, sae.encode, sae.decode, mark_dead, lambda: int(trainer.dead_neurons.sum()))
 
 
 def dictionary_learning(r: Recipe, first: Tensor) -> Trainee:
@@ -131,16 +131,16 @@ def dictionary_learning(r: Recipe, first: Tensor) -> Trainee:
         trainer.update(done[0], x)
         done[0] += 1
 
-    def reconstruct(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return trainer.ae.decode(trainer.ae.encode(x, use_threshold=False))
+    def encode(x: Tensor) -> Tensor:
+        return trainer.ae.encode(x, use_threshold=False)
 
     def mark_dead(mask: Tensor) -> None:
         trainer.num_tokens_since_fired[mask] = r.dead_after
 
-    return Trainee(
-        "dictionary_learning", step, reconstruct, mark_dead, lambda: int((trainer.num_tokens_since_fired >= r.dead_after).sum())
-    )
+    def n_dead() -> int:
+        return int((trainer.num_tokens_since_fired >= r.dead_after).sum())
+
+    return Trainee("dictionary_learning", step, encode, trainer.ae.decode, mark_dead, n_dead)
 
 
 def _import_dictionary_learning() -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -73,11 +72,17 @@ def _memory_of(peer: str, d_model: int, d_sae: int, k: int, batch: int) -> None:
     small = Recipe(32, 64, 4, 64)  # imports and first allocations are not what is measured
     PEERS[peer](small, batches(32, 64, 0)).step(batches(32, 64, 1))
     x = batches(d_model, batch, 0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _kib("VmHWM")
     trainee = PEERS[peer](Recipe(d_model, d_sae, k, batch), x)
     for _ in range(3):
         trainee.step(x)
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    print(json.dumps((_kib("VmHWM") - before) / 1024))
+
+
+def _kib(name: str) -> int:
+    """VmHWM: most memory that this process has had. Not ru_maxrss, in which the process that started it counts."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name + ":"))
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ from pvsae.models.batch import Positions
 from pvsae.models.captures import Capture, Read
 from pvsae.models.interventions import POSITIONS, Edit, Intervention
 
+Applies = Callable[[Tensor | None, Tensor], Tensor | None]
+
 
 class StopForward(Exception):
     """Raised after the last block that anybody asked for; caught by `HookStack.stopping_after`, never seen by users."""
@@ -75,7 +77,7 @@ class HookStack:
         self._handles: list[Any] = []
         self._masks: dict[str, Tensor | bool] = {}
         self._raw_mask: Tensor | None = None
-        self._tokens: tuple[Tensor, Tensor] | None = None
+        self._tokens: tuple[Tensor | None, Tensor]
         self._stop_after: int | None = None
 
     @property
@@ -188,21 +190,15 @@ class HookStack:
             found = self._masks[name] = where if isinstance(where, bool) else where[..., None]
         return found
 
-    def _mask_of_tokens(
-        self, applies: Callable[[Tensor, Tensor], Tensor | None], mask: Tensor | Literal[True]
-    ) -> Tensor | Literal[True]:
+    def _mask_of_tokens(self, applies: Applies, mask: Tensor | Literal[True]) -> Tensor | Literal[True]:
         """The mask without the tokens that an intervention leaves alone by their ids and places."""
-        if self._tokens is None:
-            raise UserError(
-                "an intervention that depends on the tokens, in a forward pass that was given embeddings", "a call with input_ids"
-            )
         here = applies(*self._tokens)
         return mask if here is None else here[..., None] & mask
 
     def _note_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Remembers the tokens where an intervention asks for them, and of a call that came without positions the attention mask,
         so that padding stays out of it all the same."""
-        self._raw_mask = self._tokens = None
+        self._raw_mask = None
         if any(edit.applies is not None for session in self._sessions for edit, _, _ in session.edits):
             self._tokens = _tokens_of(args, kwargs)
         if self.positions is not None:
@@ -240,7 +236,7 @@ class _Prepared:
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
         self.edit: Edit | None = None
-        self.applies: Callable[[Tensor, Tensor], Tensor | None] | None = getattr(intervention, "applies", None)
+        self.applies: Applies | None = getattr(intervention, "applies", None)
 
     def edit_for(self, h: Tensor) -> Edit | None:
         if h.dtype is not self.dtype or h.device != self.device:
@@ -251,23 +247,22 @@ class _Prepared:
         return self.edit
 
 
-def _tokens_of(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """(ids, index of each in its row) of a call of the decoder, [batch pos] each; None where it was given embeddings.
+def _tokens_of(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+    """(ids, index of each in its row) of a call of the decoder, [batch pos] each; no ids where it was given embeddings.
 
     A place counts real tokens, cached ones too. It is exact wherever attention is: with padding on the left a call has to bring
     position_ids or the mask over all tokens.
     """
     ids = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else (args[0] if args else None)
-    if ids is None:
-        return None
-    width = ids.shape[1]
+    given = ids if ids is not None else kwargs["inputs_embeds"]
+    rows, width = given.shape[:2]
     index, mask, past = (kwargs.get(name) for name in ("position_ids", "attention_mask", "past_key_values"))
     if index is None and isinstance(mask, Tensor) and mask.ndim == 2:
         index = (mask.long().cumsum(1) - 1)[:, -width:]
     if index is None:
         start = past.get_seq_length() if past is not None else 0
-        index = torch.arange(start, start + width, device=ids.device)[None]
-    return ids, index.expand_as(ids)
+        index = torch.arange(start, start + width, device=given.device)[None]
+    return ids, index.expand(rows, width)
 
 
 def check(interventions: Sequence[Intervention], captures: Sequence[Capture], n_blocks: int, d_model: int) -> None:

@@ -282,12 +282,19 @@ class Reconstruct:
             return f"dictionary {self.dictionary.ref} gives no reconstruction"
         return f"skip_first is {self.skip_first}" if self.skip_first < 0 else None
 
-    def applies(self, ids: Int[Tensor, "batch pos"], index: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
-        """Tokens that are replaced, by their ids and by their places in their rows; None for all."""
-        if not self.skip_first and not self.skip_ids:
-            return None
-        skipped = torch.isin(ids, torch.tensor(self.skip_ids, dtype=ids.dtype, device=ids.device))
-        return ~skipped & (index >= self.skip_first)
+    def applies(self, ids: Int[Tensor, "batch pos"] | None, index: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
+        """Tokens that are replaced, by their ids and by their places in their rows; None for all.
+
+        Raises: UserError where ids are skipped and the model was given embeddings (ids None).
+        """
+        if self.skip_ids and ids is None:
+            raise UserError(
+                "Reconstruct with skip_ids, in a forward pass that was given embeddings", "a call with input_ids", "skip_ids=()"
+            )
+        late = index >= self.skip_first
+        if ids is None or not self.skip_ids:
+            return late if self.skip_first else None
+        return late & ~torch.isin(ids, torch.tensor(self.skip_ids, dtype=ids.dtype, device=ids.device))
 
     def edit(self, device: torch.device, dtype: torch.dtype) -> Edit | None:
         return lambda h: _except_outliers(self.dictionary, h, self.dictionary(h).to(h.device, h.dtype))

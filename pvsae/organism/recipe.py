@@ -73,7 +73,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "qwen2": Recipe(),
-    "llama": Recipe(arch="llama", seed=2, n_blocks=6, steps=4000, blocks=(1, 2, 3, 4)),
+    "llama": Recipe(arch="llama", seed=2, n_blocks=6, d_mlp=320, blocks=(1, 2, 3)),
 }
 
 

@@ -252,7 +252,8 @@ def l0_figure(l0: pd.DataFrame) -> Figure:
     """How many latents are active at once: share of tokens, in at most sixty bins, and the mean."""
     figure, (ax,) = _figure(1, panel=(5.2, 2.8))
     top = int(l0["l0"].max()) + 1
-    edges = np.unique(np.linspace(0, top, min(top, 60) + 1).round())
+    width = -(-top // 60)
+    edges = np.arange(0, top + width, width)  # whole numbers of equal width: else a wider bin looks like a peak
     counts, _ = np.histogram(l0["l0"], edges, weights=l0["tokens"])
     total = float(l0["tokens"].sum())
     ax.bar(edges[:-1], counts / total, width=np.diff(edges), align="edge", color=BLUE, linewidth=0)

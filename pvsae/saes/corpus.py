@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from pvsae.saes.tokenstore import TokenStore
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
 
+log = logging.getLogger(__name__)
+
 FITS = ("cut", "split", "pack")
 DRAWS = 4096  # draws of sources that are made together
 HELD_OUT, STRIP, SHUFFLE, MIX = range(1, 5)  # what a random number is for
@@ -43,10 +46,10 @@ class CorpusConfig:
     Attributes:
         sources: where samples come from.
         context: most tokens a row.
-        fit: "cut" keeps the first `context` tokens of a sample; "split" makes as many rows of a sample as it needs; "pack" fills
-            rows with one sample behind another (attention reaches over their borders; texts are ended by an EOS token where the
-            tokenizer writes no BOS). A row that begins inside of a sample gets a BOS token where the tokenizer writes one.
-        tokens: "all", or "answers": of a chat the contents of the assistant's messages alone. Plain texts count whole either way.
+        fit: "cut" keeps the first `context` tokens of a sample; "split" makes as many rows of a sample as it needs; "pack"
+            fills rows with one sample behind another (attention reaches over their borders; texts are ended by an EOS token
+            where the tokenizer writes no BOS). A row that begins inside of a sample gets BOS where the tokenizer writes one.
+        tokens: "all", or "answers": of a chat the contents of the assistant's messages alone. Plain texts count whole.
         skip_special: leave special tokens out.
         drop_first: leave the first so many tokens of each row out: attention sinks (the paper's dictionaries: 8 on Qwen, 1 on
             Llama).
@@ -106,7 +109,7 @@ class Corpus:
         config: CorpusConfig,
         folder: str | Path | None = None,
         *,
-        chunk_tokens: int = 1 << 24,
+        chunk_tokens: int | None = None,
         progress: bool = True,
     ) -> None:
         """Opens the sources and tokenises the local ones, unless `folder` holds their tokens already.
@@ -115,7 +118,8 @@ class Corpus:
             model: its tokenizer and chat template are used, and its name for errors.
             folder: where tokens are kept, by hash of content, tokenizer and options; shared by any number of runs. None stands
                 for $PVSAE_CACHE/tokens, or ~/.cache/pvsae/tokens.
-            chunk_tokens: tokens a chunk on disk; of a streamed source also how much is shuffled together.
+            chunk_tokens: tokens a chunk on disk; of a streamed source also how much is shuffled together, and read before the
+                first row can be had. None stands for 16 million, and 2 million of a streamed source.
             progress: whether to show bars.
 
         Raises: UserError for bad options, and for a source that cannot be opened or of which nothing can be used.
@@ -132,12 +136,16 @@ class Corpus:
                 store.chunk(0)
             else:
                 store.make_all()
+            if store.bad:
+                n, why = store.bad.total(), ", ".join(f"{reason} ({n})" for reason, n in store.bad.most_common(5))
+                log.warning("%s: %d rows left out: %s", store.reader.source.name, n, why)
             if not store.samples:
                 why = ", ".join(f"{reason} ({n})" for reason, n in store.bad.most_common(3))
                 raise UserError(f"source {store.reader.source.name} has no sample that can be used: {why}", "one at least")
 
-    def _store(self, index: int, reader: Reader, folder: Path, chunk_tokens: int, progress: bool) -> TokenStore:
+    def _store(self, index: int, reader: Reader, folder: Path, chunk_tokens: int | None, progress: bool) -> TokenStore:
         source, seed = reader.source, self.config.seed
+        chunk_tokens = chunk_tokens or (1 << 21 if source.streaming else 1 << 24)
         limit = self.config.context if self.config.fit == "cut" else None
         strip = source.strip_system if reader.kind == "chat" else 0.0
         key = [
@@ -242,7 +250,7 @@ class Corpus:
 
 
 class Rows:
-    """A walk over a corpus: an iterator of rows whose `state` is a few integers. Rows without a wanted token are passed over."""
+    """A walk over a corpus: an iterator of rows, whose `state` is a few integers. Rows without a wanted token are left out."""
 
     def __init__(self, corpus: Corpus, held_out: bool, state: Mapping[str, Any] | None) -> None:
         self.corpus, self.config, self.held_out = corpus, corpus.config, held_out

@@ -135,8 +135,8 @@ def evaluate(
 
     Args:
         model, rows: text, as rows of tokens with a mask; a row's first `sae.info.drop_first` tokens are left out besides.
-        activations: or raw residuals of tokens that the dictionary is for, [n, d_model], as one tensor or in batches, or as a stream
-            gives them, by block (`stream.held_out(n)`, or so many of `stream.batches(n)` as are wanted); then there is no loss.
+        activations: or raw residuals of tokens that the dictionary is for, [n, d_model], as one tensor or in batches, or by block
+            as a stream gives them (`stream.held_out(n)`, or as many of `stream.batches(n)` as are wanted). Then there is no loss.
         block: None takes the dictionary's own.
         loss: whether to run the whole model for losses (four forward passes a row).
         loss_tokens: rows up to so many tokens are enough for the losses; None takes all.
@@ -168,7 +168,7 @@ def evaluate(
             sets[name].add(x[mask], out[mask])
         activity.add(_only(acts, kept.to(acts.token.device)), int(kept.sum()))
     table = None
-    if loss:
+    if loss and sets["kept"].n:
         some = _first_rows(kept_rows, loss_tokens)
         label = f"{progress}: losses" if progress else None
         table = _losses(sae, model, some, block, sets["kept"].mean, loss_batch_tokens, label)
@@ -180,7 +180,7 @@ def _by_batch(sae: SAE, activations: Activations, block: int | None, size: int) 
     block = sae.info.block if block is None else block
     for part in whole:
         if isinstance(part, Mapping):
-            if block not in part:
+            if block is None or block not in part:
                 raise UserError(
                     f"residuals of blocks {sorted(part)} for a dictionary of block {block}", "that block's", "give block="
                 )

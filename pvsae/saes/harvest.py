@@ -1,6 +1,6 @@
 """Harvest: rows in, the residuals of their wanted tokens out, for several blocks from one forward pass.
 
-Knows: the hook API, how rows are grouped into passes of like length and padded, and that nothing above the highest block is run.
+Knows: the hook API, how rows are grouped into passes of like length and padded, that nothing above the highest block is run.
 Does not know: where rows come from, filters, buffers.
 """
 

@@ -60,6 +60,12 @@ class Group:
         before = sum(int((v == threshold).sum()) for v in everyone[: self.rank])
         return threshold, max(0, ties - before)
 
+    def send(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Gives every process, in place, what one of them has."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, owner)
+
     def _gather(self, values: Float[Tensor, " n"]) -> list[Tensor]:
         counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(self.size)]
         dist.all_gather(counts, torch.tensor([len(values)], device=values.device))

@@ -176,7 +176,8 @@ class Reader:
             return islice(self._named.load()(), place["row"], None)
         if self._data is not None:
             return iter(self._data.select(range(place["row"], len(self._data))) if place["row"] else self._data)
-        how = {".jsonl": _jsonl, ".parquet": _parquet, ".txt": lambda file: _documents(file, self.source.separator)}[self._suffix]
+        separator = self.source.separator
+        how = {".jsonl": _jsonl, ".parquet": _parquet, ".txt": lambda file: _documents(file, separator)}[self._suffix]
         return islice((row for file in self._files for row in how(file)), place["row"], None)
 
     def _find_field(self) -> tuple[str, str]:
@@ -186,7 +187,7 @@ class Reader:
         kind, name = source.kind, source.field
         if head and all(isinstance(row, str) for row in head):
             if kind == "chat":
-                raise UserError(f"chats from the plain text file {source.name}", "a .jsonl file with messages", "set kind: text")
+                raise UserError(f"chats from the text file {source.name}", "a .jsonl file with messages", "set kind: text")
             kind, name = "text", ""
         else:
             rows = [row for row in head if isinstance(row, Mapping)]
@@ -197,7 +198,7 @@ class Reader:
                 name = next((f for f in wanted if f in present), None)
             if rows and (name is None or name not in present):
                 raise UserError(
-                    f"source {source.name} has no field {source.field or 'with texts or messages'}; it has: {', '.join(present)}",
+                    f"source {source.name} has no field {source.field or 'of texts or messages'}; it has: {', '.join(present)}",
                     'a field "text" with text, or "messages" with [{"role": ..., "content": ...}, ...]',
                     "name the right one with field:",
                 )

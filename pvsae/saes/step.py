@@ -45,6 +45,7 @@ class StepConfig:
         clip: largest norm of the whole gradient; None for no limit.
         threshold_decay: decay a step of the running mean of the smallest kept activation.
         betas, eps: Adam's.
+        kernels: "eager", "triton", or "auto": Triton's on a GPU.
     """
 
     aux_coef: float = 1 / 32
@@ -54,6 +55,7 @@ class StepConfig:
     threshold_decay: float = 0.999
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    kernels: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Learner:
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
         self.guess: float | None = None  # the last step's smallest kept activation
         self.threshold_mean, self.threshold_weight = 0.0, 0.0
+        self.kernels = kernels.of(self.W_enc.device, config.kernels)
         self.product_dtype = kernels.product_dtype(self.W_enc.device) if product_dtype is None else product_dtype
 
     def parameters(self) -> list[Tensor]:
@@ -173,7 +176,7 @@ class Learner:
         weight = self.W_enc.to(self.product_dtype)
         low = self._estimate(centred, weight, k) if self.guess is None else GUESS_MARGIN * self.guess
         while True:
-            index, value = kernels.survivors(centred, weight, self.b_enc, low)
+            index, value = self.kernels.survivors(centred, weight, self.b_enc, low)
             found = int(self.group.sum_scalars([len(value)])[0])
             if found >= n_keep or low <= 0:
                 break
@@ -204,17 +207,17 @@ class Learner:
         distance from the mean, dead-latent loss."""
         scale = 2 / (len(x) * self.group.size)
         centred = x - self.b_dec
-        error = kernels.decode(kept, self.W_dec, len(x)).sub_(centred)
+        error = self.kernels.decode(kept, self.W_dec, len(x)).sub_(centred)
         total = x.sum(0)
         self.group.sum_((total,))
         squared, variance = float(error.pow(2).sum()), float((x - total * (scale / 2)).pow(2).sum())
         grad = error * scale
-        of_value = kernels.value_grads(kept, grad, self.W_dec)
-        at = kernels.by_latent(kept, self.d_sae)
+        of_value = self.kernels.value_grads(kept, grad, self.W_dec)
+        at = self.kernels.by_latent(kept, self.d_sae)
         b_enc = torch.bincount(kept.latent, of_value, minlength=self.d_sae).float()
         out = Gradients(
-            W_enc=kernels.weight_grads(at, of_value, centred),
-            W_dec=kernels.weight_grads(at, kept.value, grad),
+            W_enc=self.kernels.weight_grads(at, of_value, centred),
+            W_dec=self.kernels.weight_grads(at, kept.value, grad),
             b_enc=b_enc,
             b_dec=grad.sum(0) - b_enc @ self.W_enc,
         )

@@ -4,8 +4,8 @@ Knows: the order of the work (rows, forward pass, outlier filter, shuffle buffer
 for bit, and what is measured before it starts (scale, median norms).
 Does not know: what the batches are for. They have the residuals' own scale; a trainer multiplies them by `scale`.
 
-A pass is admitted to the buffer as soon as there is room for it, which depends on counts alone. So the same batches come whether
-the next pass is computed ahead on a GPU, read from shards, or computed when it is needed.
+A pass is admitted to the buffer as soon as there is room for it, which depends on counts alone. So the same batches come
+whether the next pass is computed ahead on a GPU, read from shards, or computed when it is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from pvsae.errors import UserError
@@ -30,11 +30,12 @@ from pvsae.saes.buffer import Batch, ShuffleBuffer
 from pvsae.saes.corpus import Corpus, Row, Rows
 from pvsae.saes.harvest import TokenResiduals, harvest, passes_of, windows
 from pvsae.saes.info import OutlierFilter, SAEInfo
+from pvsae.saes.outliers import RunningMedians, inliers, norms_of
+from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.shards import Shards
 from pvsae.settings import plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-MEMORY = 100  # passes over which the running median of norms forgets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,9 @@ class StreamConfig:
         buffer_tokens: tokens in the shuffle buffer.
         dtype: "bfloat16" or "float32": of the buffer, the batches and the shards.
         buffer_device: where the buffer lives; None stands for the model's device.
-        outlier_multiple: tokens whose norm is above so many times the running median are left out (the paper's dictionaries: 10);
-            None leaves none out. A token that is an outlier at one block is left out for all blocks of the pass, since their
-            batches hold the same tokens.
+        outlier_multiple: tokens whose norm is above so many times the running median are left out (the paper's dictionaries:
+            10); None leaves none out. A token that is an outlier at one block is left out for all blocks of the pass, since
+            their batches hold the same tokens.
         calibration_tokens: tokens on which scale and first median are measured, held-out ones if there are any.
         shards: folder in which activations are kept, so that other runs on the same model, corpus, blocks and batch_tokens read
             them in place of running the model; None keeps none.
@@ -113,14 +114,30 @@ class ActivationStream:
         counts: tokens that were harvested, left out as outliers, and given out.
     """
 
-    def __init__(self, model: ChatModel, corpus: Corpus, blocks: Sequence[int], config: StreamConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: ChatModel,
+        corpus: Corpus,
+        blocks: Sequence[int],
+        config: StreamConfig | None = None,
+        *,
+        group: Group = ALONE,
+    ) -> None:
         """Checks everything and allocates the buffer; no forward pass is run.
+
+        Args:
+            model, corpus: what is run on what.
+            blocks: whose outputs to read.
+            config: how.
+            group: processes that stream together. Each runs its share of the forward passes and sends the others what it read,
+                so that all of them get the batches that one process would have made. (With `shards` each runs what is missing,
+                and the first one writes.)
 
         Raises: UserError for bad options, an unknown block, too little memory, or shards of another stream.
         """
         self.config = config or StreamConfig()
         self.config.check()
-        self.model, self.corpus, self.blocks = model, corpus, tuple(sorted(set(blocks)))
+        self.model, self.corpus, self.blocks, self.group = model, corpus, tuple(sorted(set(blocks))), group
         self.dtype = DTYPES[self.config.dtype]
         check((), [TokenResiduals(self.blocks, torch.empty(0), self.dtype)], model.n_blocks, model.d_model)
         # A row that is longer than a pass should be stands alone in one.
@@ -138,12 +155,14 @@ class ActivationStream:
         )
         self.counts = {"harvested": 0, "outliers": 0, "drawn": 0}
         self._position: dict[str, Any] = {"rows": corpus.rows().state(), "window": 0, "passes": 0}
-        self._medians: dict[int, tuple[float, int]] | None = None  # block -> running median, passes that it was made of
+        self._medians: RunningMedians | None = None
         self._ended = False
         self._source: Iterator[_Pass] | None = None
         self._ahead: _Pass | None = None
         overlaps = self.config.overlap and model.device.type == "cuda" and self.shards is None
         self._side = torch.cuda.Stream(model.device) if overlaps else None
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(model.device))  # the weights may still be on their way
 
     # ---------------------------------------------------------------------------------------------------------- batches
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -216,13 +235,28 @@ class ActivationStream:
     def _computed(self, number: int, rows: list[list[Row]], skip: int) -> Iterator[Batch]:
         """Activations of a window's passes from `skip` on: from its shard, or from the model (and then kept as a shard)."""
         if self.shards is None:
-            yield from (self._harvest(some) for some in rows[skip:])
+            yield from self._shared(rows[skip:])
             return
         held = self.shards.load(number)
         if held is None or len(held) != len(rows):
             held = [{b: x.cpu() for b, x in self._harvest(some).items()} for some in rows]
-            self.shards.save(number, held)
+            if self.group.rank == 0:
+                self.shards.save(number, held)
         yield from held[skip:]
+
+    def _shared(self, passes: list[list[Row]]) -> Iterator[Batch]:
+        """Activations of passes, which the processes of the group run in turn."""
+        rank, size = self.group.rank, self.group.size
+        for at in range(0, len(passes), size):
+            some = passes[at : at + size]
+            mine = self._harvest(some[rank]) if rank < len(some) else {}
+            for owner, rows in enumerate(some):
+                activations = mine
+                if owner != rank:
+                    shape = sum(int(row.keep.sum()) for row in rows), self.model.d_model
+                    activations = {b: torch.empty(shape, dtype=self.dtype, device=self.model.device) for b in self.blocks}
+                self.group.send([activations[b] for b in self.blocks], owner)
+                yield activations
 
     def _harvest(self, rows: list[Row]) -> Batch:
         return harvest(self.model, rows, self.blocks, self.dtype)
@@ -231,27 +265,17 @@ class ActivationStream:
     def _without_outliers(self, activations: Batch) -> Bool[Tensor, " tokens"]:
         """Which tokens are no outliers, after the running medians have taken the pass in."""
         if self._medians is None:
-            self._medians = {b: (m, 1) for b, m in self.calibration.median.items()}
-        norms = {b: _norms(x, b) for b, x in activations.items()}
-        for b, n in norms.items():
-            old, passes = self._medians[b]
-            passes = min(passes + 1, MEMORY)
-            self._medians[b] = (old + (float(n.median()) - old) / passes, passes)
-        return self._inliers(norms, {b: m for b, (m, _) in self._medians.items()})
-
-    def _inliers(self, norms: Batch, medians: Mapping[int, float]) -> Bool[Tensor, " tokens"]:
-        keep = torch.ones_like(next(iter(norms.values())), dtype=torch.bool)
-        if self.config.outlier_multiple is not None:
-            for b, n in norms.items():
-                keep &= n <= self.config.outlier_multiple * medians[b]
-        return keep
+            self._medians = RunningMedians(self.calibration.median)
+        norms = norms_of(activations)
+        self._medians.update(norms)
+        return inliers(norms, self._medians.values, self.config.outlier_multiple)
 
     @property
     def outliers(self) -> dict[int, OutlierFilter]:
         """The filter of each block as it stands, to be kept with a dictionary; empty if none is used."""
         if self.config.outlier_multiple is None:
             return {}
-        medians = {b: m for b, (m, _) in self._medians.items()} if self._medians else self.calibration.median
+        medians = self._medians.values if self._medians else self.calibration.median
         return {b: OutlierFilter(self.config.outlier_multiple, medians[b]) for b in self.blocks}
 
     def info(self, block: int) -> SAEInfo:
@@ -282,9 +306,9 @@ class ActivationStream:
         for held_out in (True, False):
             tokens = 0
             for activations in self._walk(self.corpus.rows(held_out=held_out)):
-                for b, x in activations.items():
-                    norms[b].append(_norms(x, b))
-                tokens += len(x)
+                for b, n in norms_of(activations).items():
+                    norms[b].append(n)
+                tokens += len(norms[self.blocks[0]][-1])
                 if tokens >= self.config.calibration_tokens:
                     break
             if tokens:
@@ -293,7 +317,7 @@ class ActivationStream:
             raise UserError("the corpus has no tokens that are wanted", "some", "look at tokens, skip_special and drop_first")
         every = {b: torch.cat(n) for b, n in norms.items()}
         median = {b: float(n.median()) for b, n in every.items()}
-        keep = self._inliers(every, median)
+        keep = inliers(every, median, self.config.outlier_multiple)
         square = {b: float(n[keep].double().square().mean()) for b, n in every.items()}
         return Calibration(median, {b: math.sqrt(self.model.d_model / square[b]) for b in self.blocks}, tokens)
 
@@ -310,9 +334,8 @@ class ActivationStream:
         n = 0
         for activations in self._walk(self.corpus.rows(held_out=True)):
             if not outliers:
-                norms = {b: _norms(x, b) for b, x in activations.items()}
-                keep = self._inliers(norms, self.calibration.median).nonzero()[:, 0]
-                activations = {b: x.index_select(0, keep) for b, x in activations.items()}
+                keep = inliers(norms_of(activations), self.calibration.median, self.config.outlier_multiple)
+                activations = {b: x[keep] for b, x in activations.items()}
             for b, x in activations.items():
                 parts[b].append(x[: n_tokens - n])
             n += len(parts[b][-1])
@@ -344,7 +367,7 @@ class ActivationStream:
             "about": self._about(),
             "position": copy.deepcopy(self._position),
             "ended": self._ended,
-            "medians": dict(self._medians) if self._medians is not None else None,
+            "medians": self._medians and self._medians.state(),
             "calibration": {name: getattr(self.calibration, name) for name in ("median", "scale", "tokens")},
             "counts": dict(self.counts),
             "buffer": self.buffer.state(),
@@ -365,8 +388,7 @@ class ActivationStream:
             )
         self.buffer.restore(state["buffer"])
         self._position, self._ended = copy.deepcopy(dict(state["position"])), bool(state["ended"])
-        medians = state["medians"]
-        self._medians = None if medians is None else {int(b): (float(m), int(n)) for b, (m, n) in medians.items()}
+        self._medians = RunningMedians.of_state(state["medians"]) if state["medians"] else None
         saved = state["calibration"]
         median, scale = ({int(b): float(x) for b, x in saved[name].items()} for name in ("median", "scale"))
         self.calibration = Calibration(median, scale, int(saved["tokens"]))
@@ -394,16 +416,3 @@ def fingerprint(model: ChatModel) -> str:
         some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:20]
-
-
-def _norms(x: Float[Tensor, "tokens d_model"], block: int) -> Float[Tensor, " tokens"]:
-    """Norm of each token in fp32.
-
-    Raises: UserError if one is not finite.
-    """
-    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-    if not bool(norms.isfinite().all()):
-        raise UserError(
-            f"NaN or infinite activations at block {block}", "finite activations", "load the model in float32 or bfloat16"
-        )
-    return norms

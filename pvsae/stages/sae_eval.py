@@ -108,7 +108,7 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
             name = config.model or load(config.dictionary).info.model
             if name is None:
                 raise UserError(f"{config.dictionary} does not say which model it is of", "a model", "--model NAME")
-        model = model or load_model(name, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat)
+            model = load_model(name, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat)
         sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
         _pin(folder, [sae] if other is None else [sae, other])

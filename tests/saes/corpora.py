@@ -47,7 +47,7 @@ def write_chats(path: Path, n: int = 100, system: str | None = None, turns: int 
     return write_jsonl(path, [{"messages": chat(i, system, turns)} for i in range(n)])
 
 
-def open_corpus(model: Any, folder: Path, *sources: Source, chunk_tokens: int = 1 << 24, **options: Any) -> Corpus:
+def open_corpus(model: Any, folder: Path, *sources: Source, chunk_tokens: int | None = None, **options: Any) -> Corpus:
     """A corpus of these sources with rows of 32 tokens, its tokens kept in `folder`/tokens."""
     config = CorpusConfig(sources=sources, **{"context": 32, **options})
     return Corpus(model, config, folder / "tokens", chunk_tokens=chunk_tokens, progress=False)

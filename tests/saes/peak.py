@@ -1,7 +1,6 @@
 """Opens a dictionary, reads a vector against it, prints how much memory that took, in bytes: python peak.py FOLDER D_MODEL."""
 
 import json
-import resource
 import sys
 
 import torch
@@ -26,7 +25,7 @@ def main(folder: str, d_model: int) -> None:
     best = cosines.topk(5)
     values, latents = sae.top(v, 20)
     acts = sae.encode_sparse(v[None])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident("VmHWM")  # not ru_maxrss, in which the process that started this one counts
     weights = sae.W_enc.numel() * sae.W_enc.element_size() + sae.W_dec.numel() * sae.W_dec.element_size()
     print(
         json.dumps(

@@ -296,10 +296,11 @@ def test_a_bad_source_is_an_error_before_another_one_is_tokenised(model, tmp_pat
         Corpus(model, CorpusConfig(sources=()), tmp_path)
 
 
-def test_bad_rows_are_counted_and_described(model, tmp_path) -> None:
+def test_bad_rows_are_counted_shown_and_described(model, tmp_path, caplog) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text(0)}, "{broken", {"text": ""}, {"text": text(3)}])
     corpus = open_corpus(model, tmp_path, Source(path=path, weight=2.0), held_out=0.0)
     assert sorted(numbers(corpus, corpus.rows())) == [0, 3]
+    assert "a.jsonl: 2 rows left out: a line that is not JSON (1), an empty text (1)" in caplog.text
     (about,) = corpus.describe()
     assert about["bad"] == {"a line that is not JSON": 1, "an empty text": 1}
     assert (about["samples"], about["weight"], about["kind"]) == (2, 2.0, "text")

@@ -246,16 +246,17 @@ def test_a_missing_array_or_nan_is_said(tmp_path):
         load(tmp_path)
 
 
-def test_the_bridge_attaches_it(tiny_models, tmp_path):
+def test_the_bridge_attaches_it(tiny_folders, tmp_path):
     """sae_lens puts the dictionary into the model's view; its activations there are ours, and so is the spliced residual."""
     need_sae_lens()
     from sae_lens import SAE as LensSAE
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
     from pvsae.models import Reconstruct, Residual
+    from pvsae.models import load as load_model
     from tests.models.rows import logits_of, rendered_rows
 
-    model = tiny_models("qwen2")
+    model = load_model(tiny_folders("qwen2"), device="cpu")  # one of its own, for the bridge is made a second time
     sae = make_sae(d_model=model.d_model)
     bridge = SAETransformerBridge.boot_transformers(
         str(model.path), hf_model=model.bridge.original_model, tokenizer=model.tokenizer, device="cpu"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pvsae.errors import UserError
 from pvsae.saes import kernels
+from pvsae.saes.kernels import eager
 from pvsae.saes.step import MOST_DEAD, Learner, StepConfig
 
 
@@ -44,7 +46,7 @@ def as_dense(kept: kernels.Sparse, shape: torch.Size) -> Tensor:
 @pytest.mark.parametrize("guess", [None, 0.0, 0.3, 1e9])
 @pytest.mark.parametrize("block", [50, 2**21])
 def test_selection_is_the_exact_top_whatever_was_guessed(k: float, guess: float | None, block: int, monkeypatch) -> None:
-    monkeypatch.setattr(kernels.eager, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", block)
     made, x = learner(), tokens()
     made.guess = guess
     kept, threshold = made.select(x, k)
@@ -167,3 +169,15 @@ def test_state_and_restore_go_on_bit_for_bit() -> None:
         a, b = made.step(tokens(seed=seed), 6, 1e-3), other.step(tokens(seed=seed), 6, 1e-3)
         assert a == b
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), other.parameters(), strict=True))
+
+
+def test_kernels_are_chosen_by_device_and_wish() -> None:
+    assert kernels.of(torch.device("cpu")) is eager
+    assert kernels.of(torch.device("cpu"), "eager") is eager
+    with pytest.raises(UserError, match="one of auto, eager, triton"):
+        kernels.of(torch.device("cpu"), "fast")
+    from pvsae.saes.kernels import triton
+
+    if not triton.available():
+        with pytest.raises(UserError, match="no Triton kernels here"):
+            learner(kernels="triton")

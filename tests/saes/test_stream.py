@@ -149,7 +149,8 @@ def test_a_state_survives_torch_save_and_what_happens_after_it(model, corpus) ->
     torch.save(state, file)
     wanted = list(batches)
     file.seek(0)
-    for saved in (state, torch.load(file, weights_only=True)):
+    plain = json.loads(json.dumps({key: value for key, value in state.items() if key != "buffer"}))
+    for saved in (state, torch.load(file, weights_only=True), {**plain, "buffer": state["buffer"]}):
         some.restore(saved)
         assert equal(list(some.batches(60)), wanted)
 
@@ -182,6 +183,62 @@ def test_the_state_of_another_stream_is_refused(model, corpus, tiny_models) -> N
     with pytest.raises(UserError, match="batch_tokens, seed"):
         stream(model, corpus, batch_tokens=128, seed=4).restore(state)
     assert fingerprint(model) != fingerprint(tiny_models("llama"))
+
+
+def _share(rank: int, folder: str, model_folder: str, port: int) -> None:
+    """One of two processes that stream together: writes its batches and how many passes it ran itself."""
+    from pathlib import Path
+
+    from pvsae.models import load
+    from pvsae.saes.parallel import Group
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = load(model_folder, device="cpu")
+    corpus = open_corpus(model, Path(folder), Source(path=f"{folder}/a.jsonl"), held_out=0.1)
+    for dtype in ("float32", "bfloat16"):
+        some = ActivationStream(model, corpus, (1, 2), StreamConfig(**{**SMALL, "dtype": dtype}), group=Group(rank, 2))
+        assert some.scale
+        ran, real = [], some._harvest
+        some._harvest = lambda rows, ran=ran, real=real: ran.append(len(rows)) or real(rows)
+        batches = some.batches(60)
+        first = list(islice(batches, 6))
+        state = some.state()
+        rest = list(batches)
+        n = len(ran)
+        some.restore(state)  # in the middle of a window, so that other passes fall to this process
+        assert equal(list(some.batches(60)), rest)
+        torch.save({"batches": first + rest, "ran": n}, f"{folder}/{dtype}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_passes_and_get_the_batches_of_one(tiny_folders, tmp_path) -> None:
+    import socket
+
+    from pvsae.models import load
+
+    write_texts(tmp_path / "a.jsonl", 120)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(tiny_folders("qwen2"))
+    torch.multiprocessing.spawn(_share, (str(tmp_path), folder, port), nprocs=2)
+    model = load(folder, device="cpu")
+    corpus = open_corpus(model, tmp_path, Source(path=str(tmp_path / "a.jsonl")), held_out=0.1)
+    for dtype in ("float32", "bfloat16"):
+        alone = stream(model, corpus, dtype=dtype)
+        assert alone.scale
+        ran, real = [], alone._harvest
+        alone._harvest = lambda rows, ran=ran, real=real: ran.append(len(rows)) or real(rows)
+        wanted = list(alone.batches(60))
+        shares = [torch.load(tmp_path / f"{dtype}-{rank}.pt") for rank in (0, 1)]
+        for share in shares:
+            assert len(share["batches"]) == len(wanted) > 10
+            for a, b in zip(share["batches"], wanted, strict=True):
+                assert all(torch.allclose(a[k].float(), b[k].float(), rtol=1e-2, atol=1e-3) for k in a)
+        assert sum(share["ran"] for share in shares) == len(ran)
+        assert equal(shares[0]["batches"], shares[1]["batches"])
 
 
 # ------------------------------------------------------------------------------------------------------- what is held apart

@@ -11,6 +11,7 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.reports import draw, write_report
+from pvsae.reports.figures import l0_figure
 from pvsae.saes.folders import save
 from pvsae.stages import sae_eval
 from pvsae.stages.sae_eval import SaeEvalConfig, run
@@ -62,6 +63,16 @@ def test_tables_figures_and_page(made, tmp_path):
     numbers = json.loads((tmp_path / "run" / "result.json").read_text())["numbers"]
     assert numbers["d_sae"] == 96
     assert numbers["fvu kept"] == quality["fvu"]["kept"]
+
+
+def test_the_figure_of_l0_has_bins_of_one_width_and_loses_no_token():
+    for top in (3, 59, 60, 61, 137, 4000):
+        table = pd.DataFrame({"l0": range(top + 1), "tokens": 2})
+        (ax,) = l0_figure(table).axes
+        widths = {bar.get_width() for bar in ax.patches}
+        assert len(widths) == 1
+        assert len(ax.patches) <= 60
+        assert sum(bar.get_height() for bar in ax.patches) == pytest.approx(1)
 
 
 def test_the_same_dictionary_agrees_with_itself_and_losses_can_be_left_out(made, tmp_path):

@@ -1,38 +1,39 @@
-"""The products of a training step behind one set of names, chosen by device: eager torch, or Triton where there is a GPU.
+"""The products of a training step behind one set of names: eager torch, or Triton where there is a GPU.
 
-Knows: which implementation fits a device. Does not know: how any of them works.
+Knows: which implementation and which dtype of the encoder's product fit a device. Does not know: how any of them works.
+
+Both implementations have `survivors`, `decode`, `value_grads`, `by_latent` and `weight_grads`; `of` gives the module that has
+them. What costs next to nothing (`keep_largest`, `kth_largest`) is the same torch on every device.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
-from pvsae.saes.kernels.eager import (
-    BLOCK_ELEMENTS,
-    ByLatent,
-    Sparse,
-    by_latent,
-    decode,
-    keep_largest,
-    kth_largest,
-    survivors,
-    value_grads,
-    weight_grads,
-)
+from pvsae.errors import UserError
+from pvsae.saes.kernels import eager
+from pvsae.saes.kernels.eager import BLOCK_ELEMENTS, ByLatent, Sparse, keep_largest, kth_largest
 
-__all__ = [
-    "BLOCK_ELEMENTS",
-    "ByLatent",
-    "Sparse",
-    "by_latent",
-    "decode",
-    "keep_largest",
-    "kth_largest",
-    "product_dtype",
-    "survivors",
-    "value_grads",
-    "weight_grads",
-]
+__all__ = ["BLOCK_ELEMENTS", "CHOICES", "ByLatent", "Sparse", "keep_largest", "kth_largest", "of", "product_dtype"]
+
+CHOICES = ("auto", "eager", "triton")
+
+
+def of(device: torch.device, choice: str = "auto") -> ModuleType:
+    """The module of the kernels for a device: Triton's on CUDA where Triton can run, else the eager ones.
+
+    Raises: UserError for an unknown choice, or for "triton" where it cannot run (with the reason).
+    """
+    from pvsae.saes.kernels import triton
+
+    if choice not in CHOICES:
+        raise UserError(f"kernels {choice!r}", "one of " + ", ".join(CHOICES))
+    if choice == "triton" and not triton.available():
+        raise UserError(f"no Triton kernels here: {triton.problem()}", "a CUDA device and Triton", 'choose kernels "eager"')
+    wanted = choice == "triton" or (choice == "auto" and device.type == "cuda" and triton.available())
+    return triton if wanted else eager
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

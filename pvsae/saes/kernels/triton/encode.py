@@ -61,6 +61,8 @@ class Tiles:
 
 
 # 128 x 256 accumulators are 128 registers a thread at 8 warps, and three stages of bf16 144 KB of the 227 KB of shared memory.
+# Compiled for sm_90 (not run): WGMMA and asynchronous copies, and 0.9 KB a thread spilled, by the size in the epilogue; with
+# 128 x 128 nothing is spilled, but operands are read more often. Which is faster, benchmarks/sae_kernels.py --tiles can tell.
 # fp32 products do not run on matrix units (unless as TF32): smaller tiles keep accumulators and operands in registers.
 BF16_TILES = Tiles()
 FP32_TILES = Tiles(tokens=64, latents=128, inner=32, warps=8, stages=3)
@@ -115,7 +117,7 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _collect_half(
+def _collect_quarter(
     pre, token0, latent0, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr, capacity,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
@@ -128,6 +130,22 @@ def _collect_half(
         keep = keep | ((pre == bound) & (flat < tl.load(before_ptr)))
     keep = keep & (pre > 0) & (token < n_tokens)[:, None] & (latent < n_latents)[None, :]
     append(pre, flat, keep, count_ptr, value_ptr, flat_ptr, capacity)
+
+
+@triton.jit
+def _collect_half(
+    pre, token0, latent0, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr, capacity,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    left, right = _halves(pre, ROWS, COLUMNS)
+    _collect_quarter(
+        left, token0, latent0, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr, capacity,
+        ROWS, COLUMNS // 2, TIES,
+    )  # fmt: skip
+    _collect_quarter(
+        right, token0, latent0 + COLUMNS // 2, n_tokens, n_latents, bound_ptr, before_ptr, count_ptr, value_ptr, flat_ptr,
+        capacity, ROWS, COLUMNS // 2, TIES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -157,7 +175,7 @@ def _collect(
 @triton.jit
 def _count_half(
     pre, token0, latent0, n_tokens, n_latents, bound_ptr, counts_ptr, origin_ptr, shift, bins,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TIES: tl.constexpr, BINS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
     token = token0 + tl.arange(0, ROWS)
     latent = latent0 + tl.arange(0, COLUMNS)
@@ -170,19 +188,18 @@ def _count_half(
         inside = inside & (pre > 0)
     bin_ = (key - tl.load(origin_ptr)) >> shift
     inside = inside & (bin_ >= 0) & (bin_ < bins)
-    bin_ = tl.where(inside, bin_, 0).to(tl.int32)
-    counts = tl.histogram(tl.reshape(bin_, (ROWS * COLUMNS,)), BINS, tl.reshape(inside, (ROWS * COLUMNS,)))
-    tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    # Many additions to few addresses: slow, but rare, where a histogram in shared memory takes minutes to compile at this size.
+    tl.atomic_add(counts_ptr + bin_, tl.full((ROWS, COLUMNS), 1, tl.int64), mask=inside, sem="relaxed")
 
 
 @triton.jit
 def _count(
     x_ptr, w_ptr, b_ptr, n_tokens, n_latents, d, x_stride, w_stride, bound_ptr, counts_ptr, origin_ptr, shift, bins,
     TOKENS: tl.constexpr, LATENTS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, TIES: tl.constexpr, BINS: tl.constexpr,
+    EVEN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
-    """counts[j] += positive pre-activations whose bits, less the origin, are j << shift and up; TIES: whose flat indices are, of
-    those equal to the bound. One program a tile."""
+    """counts[j] += positive pre-activations whose bits, less the origin, are j << shift and up; TIES: whose flat indices are,
+    of those equal to the bound. One program a tile."""
     token0, latent0 = _place(n_tokens, n_latents, TOKENS, LATENTS, GROUP)
     pre = _product(
         x_ptr, w_ptr, b_ptr, n_tokens, n_latents, d, x_stride, w_stride, token0, latent0,
@@ -191,11 +208,11 @@ def _count(
     left, right = _halves(pre, TOKENS, LATENTS)
     _count_half(
         left, token0, latent0, n_tokens, n_latents, bound_ptr, counts_ptr, origin_ptr, shift, bins,
-        TOKENS, LATENTS // 2, TIES, BINS,
+        TOKENS, LATENTS // 2, TIES,
     )  # fmt: skip
     _count_half(
         right, token0, latent0 + LATENTS // 2, n_tokens, n_latents, bound_ptr, counts_ptr, origin_ptr, shift, bins,
-        TOKENS, LATENTS // 2, TIES, BINS,
+        TOKENS, LATENTS // 2, TIES,
     )  # fmt: skip
 
 
@@ -267,9 +284,7 @@ class Encoder:
         counts = torch.zeros(BINS, dtype=torch.int64, device=self.device)
         value = torch.zeros(1, device=self.device) if equal_to is None else equal_to
         ties = equal_to is not None
-        _count[self._grid](
-            *self._arguments, value, counts, self._integer(origin), shift, bins, TIES=ties, BINS=BINS, **self._options
-        )
+        _count[self._grid](*self._arguments, value, counts, self._integer(origin), shift, bins, TIES=ties, **self._options)
         return counts[:bins].cpu()
 
     def fitting_bound(self, n: int, capacity: int) -> Bound:

@@ -67,7 +67,7 @@ def _value_grads(
 
 
 @triton.jit
-def _gather_sum(token_ptr, weight_ptr, start, end, rows_ptr, stride, column, inside, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gather_sum(token_ptr, weight_ptr, start, end, row_ptr, stride, column, inside, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of weight * rows[token] over the pairs from start to end: fp32 [COLUMNS]."""
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for first in range(start, end, PAIRS):
@@ -75,7 +75,7 @@ def _gather_sum(token_ptr, weight_ptr, start, end, rows_ptr, stride, column, ins
         token = tl.load(token_ptr + pair, mask=pair < end, other=0)
         weight = tl.load(weight_ptr + pair, mask=pair < end, other=0.0)
         mask = (pair < end)[:, None] & inside[None, :]
-        rows = tl.load(rows_ptr + token[:, None] * stride + column[None, :], mask=mask, other=0.0)
+        rows = tl.load(row_ptr + token[:, None] * stride + column[None, :], mask=mask, other=0.0)
         total += tl.sum(weight[:, None] * rows.to(tl.float32), 0)
     return total
 
