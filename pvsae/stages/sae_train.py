@@ -148,8 +148,9 @@ def _train(
         return [Trained(name, sae, dict(sae.info.training.get("last", {}))) for name, sae in found], None
     c = config.model
     model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
-    stream = ActivationStream(model, Corpus(model, config.corpus, progress=progress), training.blocks, config.stream)
-    now = {"model": fingerprint(model), "corpus": stream.corpus.fingerprint}
+    corpus = Corpus(model, config.corpus, progress=progress)
+    stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group)
+    now = {"model": fingerprint(model), "corpus": corpus.fingerprint}
     if folder is not None and (found_then := folder.do_json("inputs", lambda: now)) != now:
         other = " and ".join(key for key in now if found_then.get(key) != now[key])
         raise UserError(f"the {other} changed since the run in {path} began", "the same", "choose another --out, or delete it")

@@ -123,7 +123,7 @@ def test_held_out_text_alone(made, tmp_path):
 def test_what_cannot_be_evaluated_is_said(made, tmp_path):
     model, config = made
     with pytest.raises(UserError, match="no text"):
-        SaeEvalConfig(dictionary="x")
+        run(replace(config, text=()), tmp_path / "without", model=model)
     with pytest.raises(UserError, match="tokens is 0"):
         replace(config, tokens=0)
     save(make_sae(), tmp_path / "small")
