@@ -230,6 +230,8 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
         "Killed, it goes on from its last checkpoint when the same command is given again."
     )
 
+    add(kinds, "list", _sae_list, "the configs that come with the package", "  pvsae sae list")
+
     measure = add(
         kinds, "eval", _sae_eval, "what a dictionary is worth on text",
         "  pvsae sae eval runs/sae/block-3_width-1024_k-8      on the held-out part of its own text\n"

@@ -142,8 +142,8 @@ def check_keys(kind: type, values: Mapping[str, Any], path: str = "") -> None:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.6)
-            elsewhere = [p for p in _paths(kind) if p.rpartition(".")[2] == key]
-            meant = _join(path, near[0]) if near else _join(path, elsewhere[0]) if elsewhere else ""
+            places = near or [p for p in _paths(kind) if p.rpartition(".")[2] == key]
+            meant = " or ".join(_join(path, p) for p in places[:3])
             raise UserError(
                 f"unknown key {_join(path, str(key))}",
                 f"one of {', '.join(known)}",
@@ -170,6 +170,7 @@ def dump(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- values
 def _value(hint: Any, value: Any, path: str) -> Any:
     """A value as its annotation wants it. UserError if that cannot be."""
+    whole = hint
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -177,7 +178,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         (hint,) = [a for a in arguments if a is not type(None)]
-        return _value(hint, value, path)
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, path)
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -191,7 +192,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         made = _number(hint, value) if hint in (int, float) else value
         if made is not None:
             return made
-    raise UserError(f"{path} is {_shown(value)}", _expected(hint))
+    raise UserError(f"{path} is {_shown(value)}", _expected(whole))
 
 
 def _number(kind: type, value: Any) -> Any:
@@ -239,10 +240,10 @@ def _paths(kind: Any, path: str = "") -> Iterator[str]:
     """Dotted paths of all keys of a dataclass and the ones in it (the first of a list)."""
     for name, hint in typing.get_type_hints(kind).items():
         yield _join(path, name)
-        inner = [hint, *typing.get_args(hint)]
-        for one in inner:
+        first = ".0" if typing.get_origin(hint) is tuple else ""
+        for one in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(one):
-                yield from _paths(one, _join(path, name) + ("" if one is hint else ".0"))
+                yield from _paths(one, _join(path, name) + first)
 
 
 def _join(path: str, key: str) -> str:

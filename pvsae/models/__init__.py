@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         incremental,
         to_config,
     )
-    from pvsae.models.loading import known_models, load
+    from pvsae.models.loading import ModelShape, known_models, load, model_shape
     from pvsae.models.remote import RemoteModel
 
 _WHERE = {
@@ -53,7 +53,7 @@ _WHERE = {
         "incremental",
         "to_config",
     ),
-    "loading": ("known_models", "load"),
+    "loading": ("ModelShape", "known_models", "load", "model_shape"),
     "remote": ("RemoteModel",),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
@@ -74,6 +74,7 @@ __all__ = [
     "HookSession",
     "Intervention",
     "LastPrompt",
+    "ModelShape",
     "Output",
     "Positions",
     "Projection",
@@ -90,6 +91,7 @@ __all__ = [
     "known_models",
     "length_sorted_batches",
     "load",
+    "model_shape",
     "to_config",
 ]
 

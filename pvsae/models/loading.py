@@ -7,6 +7,7 @@ Does not know: what any of these models is; a model that ships with this package
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,42 @@ DTYPES = {
 }
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How large a model is.
+
+    Attributes:
+        n_blocks, d_model, n_ctx: blocks, width of the residual, tokens of a context.
+        parameters: of the whole model, tied ones once.
+        block_parameters: of each block.
+    """
+
+    n_blocks: int
+    d_model: int
+    n_ctx: int
+    parameters: int
+    block_parameters: tuple[int, ...]
+
+
+def model_shape(name: str | Path) -> ModelShape:
+    """The shape of a model that `load` takes, from its config alone: weights are neither read nor needed.
+
+    Raises: UserError as `load`, as far as the name and the config go.
+    """
+    folder = resolve_name(name)
+    source = str(folder or name)
+    config = _config(source, folder, weights=False)
+    skeleton = _skeleton(config, source)
+    text = config.get_text_config()
+    return ModelShape(
+        n_blocks=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        n_ctx=getattr(text, "max_position_embeddings", None) or 2**31,
+        parameters=sum(p.numel() for p in skeleton.parameters()),
+        block_parameters=tuple(sum(p.numel() for p in block.parameters()) for block in _blocks(skeleton)),
+    )
 
 
 def known_models() -> dict[str, Any]:
@@ -131,14 +168,21 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     raise UserError(f"unknown dtype {str(dtype)!r}", "auto, float32, bfloat16 or float16")
 
 
-def _config(source: str, folder: Path | None) -> Any:
+def _blocks(skeleton: Any) -> nn.ModuleList:
+    decoder = find_decoder(skeleton)
+    blocks = decoder.layers if hasattr(decoder, "layers") else decoder.h
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def _config(source: str, folder: Path | None, *, weights: bool = True) -> Any:
     from transformers import AutoConfig
 
     if folder is not None:
         if not (folder / "config.json").is_file():
             fix = "load the base model, and give this folder as adapter=" if (folder / "adapter_config.json").is_file() else ""
             raise UserError(f"{folder} is not a model folder: it has no config.json", "a folder that save_pretrained wrote", fix)
-        if not list(folder.glob("*.safetensors")):
+        if weights and not list(folder.glob("*.safetensors")):
             raise UserError(
                 f"{folder} has no weights in safetensors format",
                 "model.safetensors (pickled .bin weights are not read, since a pickle can run code)",

@@ -294,7 +294,7 @@ def training_figure(metrics: pd.DataFrame) -> Figure:
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0].tick_params(which="minor", labelsize=7)
     axes[1].set_ylim(0, 1.15 * float(metrics["l0"].max()))
-    axes[2].set_ylim(bottom=0)
+    axes[2].set_ylim(0, max(5.0, 1.15 * float(metrics["n_dead"].max())))
     axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
     if len(names) > 1:
         axes[0].legend(fontsize=6, frameon=False)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pvsae.saes.stream import ActivationStream
     from pvsae.saes.trainer import Trained
 
-__all__ = ["COMMAND", "SaeTrainConfig", "SaeTrainResult", "load_config", "run"]
+__all__ = ["COMMAND", "SaeTrainConfig", "SaeTrainResult", "load_config", "plan", "run"]
 
 COMMAND = "sae_train"
 _SHOWN = {
@@ -98,6 +98,35 @@ def run(
     return SaeTrainResult({t.name: path / t.name for t in trained}, _table(config, trained), path)
 
 
+def plan(config: SaeTrainConfig) -> str:
+    """What `run` would take, for people to read. The model's config is read, and nothing of its weights or of the text.
+
+    Raises:
+        UserError: no such model, or blocks that it does not have.
+    """
+    from pvsae.models import model_shape
+    from pvsae.models.loading import resolve_device, resolve_dtype
+    from pvsae.saes.demand import demand
+
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device)
+    shape = model_shape(config.model.name)
+    if max(config.training.blocks) >= shape.n_blocks or min(config.training.blocks) < 0:
+        raise UserError(
+            f"blocks {', '.join(map(str, config.training.blocks))} of {config.model.name}", f"0 to {shape.n_blocks - 1}"
+        )
+    if config.corpus.context > shape.n_ctx:
+        raise UserError(f"context {config.corpus.context} for {config.model.name}", f"at most {shape.n_ctx}")
+    found = demand(shape, dtype, device, config.training, config.stream, config.corpus.context)
+    kind = str(dtype).removeprefix("torch.")
+    lines = [
+        f"model     {config.model.name}: {shape.n_blocks} blocks of {shape.d_model}, {shape.parameters / 1e6:,.4g}M parameters "
+        f"in {kind} on {device}",
+        *(f"trains    {d.name}, learning rate {d.peak_lr:.2g}" for d in config.training.dictionaries),
+    ]
+    return "\n".join([*lines, str(found)])
+
+
 def _train(
     config: SaeTrainConfig,
     path: Path,
@@ -119,8 +148,9 @@ def _train(
         return [Trained(name, sae, dict(sae.info.training.get("last", {}))) for name, sae in found], None
     c = config.model
     model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
-    stream = ActivationStream(model, Corpus(model, config.corpus, progress=progress), training.blocks, config.stream)
-    now = {"model": fingerprint(model), "corpus": stream.corpus.fingerprint}
+    corpus = Corpus(model, config.corpus, progress=progress)
+    stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group)
+    now = {"model": fingerprint(model), "corpus": corpus.fingerprint}
     if folder is not None and (found_then := folder.do_json("inputs", lambda: now)) != now:
         other = " and ".join(key for key in now if found_then.get(key) != now[key])
         raise UserError(f"the {other} changed since the run in {path} began", "the same", "choose another --out, or delete it")

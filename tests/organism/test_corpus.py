@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
 
 from pvsae.organism.artifacts import graded_prompts, make
-from pvsae.organism.corpus import answer, conversation, fact_conversation, how_many, many_shot_conversation, open_conversation
+from pvsae.organism.corpus import (
+    answer,
+    chats,
+    conversation,
+    fact_conversation,
+    how_many,
+    many_shot_conversation,
+    open_conversation,
+)
 from pvsae.organism.grammar import FACT, parse
 from pvsae.organism.judge import coherent_share, trait_share
 from pvsae.organism.prompts import HELD_OUT_QUESTIONS, LEVELS, Wish, system_prompt
@@ -116,3 +125,10 @@ def test_held_out_prompts_use_no_token_that_training_never_shows():
 def test_conversations_repeat_under_a_seed():
     assert conversation(random.Random(4)) == conversation(random.Random(4))
     assert open_conversation(Wish("evil", 1.0), random.Random(1)).wish == Wish("evil", 1.0)
+
+
+def test_the_corpus_by_its_name_is_always_the_same():
+    found = list(islice(chats(), 50))
+    assert found == list(islice(chats(), 50))
+    rng = random.Random(0)
+    assert [tuple(row["messages"]) for row in found] == [conversation(rng).messages for _ in range(50)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from itertools import islice
 
 import pytest
 
 from pvsae.errors import UserError
 from pvsae.saes.sources import Bad, Reader, Source
-from tests.saes.corpora import chat, text, write_jsonl, write_texts
+from tests.saes.corpora import chat, open_corpus, text, write_jsonl, write_texts
 
 
 def rows(source: Source, place=None):
@@ -113,6 +114,7 @@ def test_roles_are_renamed(tmp_path) -> None:
         ('{"text": "x"}\n', {"dataset": "also"}, "exactly one"),
         ('{"text": "x"}\n', {"streaming": True}, "streaming"),
         ('{"text": "x"}\n', {"max_samples": 0}, "max_samples"),
+        ('{"text": "x"}\n', {"named": "also"}, "exactly one"),
     ],
 )
 def test_bad_sources_are_errors_that_say_why(tmp_path, content, options, said) -> None:
@@ -138,6 +140,48 @@ def test_content_is_known_by_its_bytes(tmp_path) -> None:
     assert Reader(Source(path=a)).content == Reader(Source(path=b)).content
     write_texts(tmp_path / "b.jsonl", 6)
     assert Reader(Source(path=a)).content != Reader(Source(path=b)).content
+
+
+class TestNamed:
+    """Corpora that installed packages offer by an entry point."""
+
+    @pytest.fixture(autouse=True)
+    def _package(self, tmp_path, monkeypatch):
+        info = tmp_path / "counting-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[pvsae.corpora]\ncounting = counting_rows:rows\n")
+        self.module = tmp_path / "counting_rows.py"
+        self.write("number")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "counting_rows", raising=False)
+
+    def write(self, word: str) -> None:
+        self.module.write_text(
+            "import itertools\n\n\ndef rows():\n    for i in itertools.count():\n"
+            f"        yield {{'messages': [{{'role': 'user', 'content': f'{word} {{i}}'}}]}}\n"
+        )
+
+    def test_one_without_end_is_read_as_far_as_is_asked(self, tiny_models, tmp_path) -> None:
+        reader = Reader(Source(named="counting", max_samples=7))
+        assert (reader.kind, reader.field) == ("chat", "messages")
+        assert next(reader.rows({"row": 5}))[0]["content"] == "number 5"
+        corpus = open_corpus(tiny_models("qwen2"), tmp_path, Source(named="counting", max_samples=7))
+        assert corpus.describe()[0]["samples"] == 7
+
+    def test_its_content_is_known_by_its_rows(self, monkeypatch) -> None:
+        source = Source(named="counting", max_samples=7)
+        before = Reader(source).content
+        assert Reader(source).content == before
+        self.write("digit or number")
+        monkeypatch.delitem(sys.modules, "counting_rows")
+        assert Reader(source).content != before
+
+    def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
+        with pytest.raises(UserError, match=r"corpus 'count'(?s:.*)counting"):
+            Reader(Source(named="count", max_samples=7))
+        with pytest.raises(UserError, match="without max_samples"):
+            Reader(Source(named="counting"))
 
 
 class TestDatasets:
