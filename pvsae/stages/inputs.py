@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pvsae.vectors import PersonaVectors, Rollouts
 
 # What may change between two sessions of one run: it says how far or how fast to go, not what comes out.
-_NOT_IDENTITY = frozenset({"max_cost", "judge_price", "judge_url", "judge_cache", "batch_size"})
+_NOT_IDENTITY = frozenset({"max_cost", "judge_price", "judge_url", "judge_cache", "rollouts_url", "batch_size"})
 
 
 @dataclass(frozen=True, kw_only=True)

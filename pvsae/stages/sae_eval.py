@@ -136,16 +136,22 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
 
 def _pin(folder: RunDir, dictionaries: Iterable[SAE]) -> None:
     """Refuse to go on with other arrays under the same name than the run began with."""
-    now = {}
-    for sae in dictionaries:
-        digest = hashlib.sha256()
-        for part in (sae.b_enc, sae.b_dec, sae.threshold, sae.W_dec[:64], sae.W_dec[-64:]):
-            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
-        now[sae.ref] = digest.hexdigest()
+    now = {sae.ref: _digest(sae) for sae in dictionaries}
     if folder.do_json("inputs", lambda: now) != now:
         raise UserError(
             f"the dictionary changed since the run in {folder.path} began", "the same one", "choose another --out, or delete it"
         )
+
+
+def _digest(sae: SAE) -> str:
+    """Hash of all that a dictionary computes with. Of the arrays and not of a file: a release is no folder of the user's."""
+    import torch
+
+    digest = hashlib.sha256(f"{sae.dtype} {sae.top_k} {sae.apply_b_dec_to_input}".encode())
+    for array in (sae.b_enc, sae.b_dec, sae.threshold, sae.W_enc.T, sae.W_dec):
+        for part in array.split(4096):  # a dictionary may be larger than what is left of the memory
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:

@@ -125,6 +125,19 @@ def test_answers_may_come_from_a_server_with_the_same_model(tmp_path, tiny_model
     assert result.vectors["gloomy"].of().shape == (model.n_blocks, model.d_model)
 
 
+def test_a_wrong_address_of_the_server_is_put_right_in_the_same_folder(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    model = tiny_models("qwen2")
+    setup = config(stage_library, max_new_tokens=3, rollouts_model="fake", traits=("gloomy",))
+    with pytest.raises(UserError, match="no answer from"):
+        extract.run(replace(setup, rollouts_url="http://127.0.0.1:9/v1"), tmp_path / "run", model=model, judge=byte_judge)
+    assert not (tmp_path / "run" / "manifest.json").exists(), "nothing is pinned yet"
+    for _ in range(2):  # the same server at another address is no other run
+        with FakeServer(RunsModel(model)) as server:
+            extract.run(replace(setup, rollouts_url=server.url), tmp_path / "run", model=model, judge=byte_judge)
+    with pytest.raises(UserError, match="answers_from_server"):
+        extract.run(setup, tmp_path / "run", model=model, judge=byte_judge)
+
+
 def test_a_server_without_the_model_is_an_error_and_not_an_empty_result(tmp_path, tiny_models, stage_library, byte_judge) -> None:
     model = tiny_models("qwen2")
     with FakeServer(RunsModel(model)) as server:
