@@ -92,7 +92,7 @@ def run(
         before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
         answerer = model if config.rollouts_url is None else _server(config, folder)
-        pin_inputs(folder, traits)
+        pin_inputs(folder, model, traits)
         vectors: dict[str, PersonaVectors] = {}
         rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
         empty: dict[str, EmptyFilter] = {}

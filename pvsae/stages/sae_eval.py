@@ -114,7 +114,7 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
         # What can be wrong with the text shows here, while the options may still be put right: nothing is pinned yet.
         rows = [] if "evaluation" in folder.finished else _rows(config, model, sae)
-        _pin(folder, [sae] if other is None else [sae, other])
+        _pin(folder, model, [sae] if other is None else [sae, other])
         with folder.step("evaluation") as step:
             if not step.done:
                 _write(_evaluate(config, model, sae, rows or _rows(config, model, sae)), step.folder)
@@ -134,12 +134,18 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
             folder.close()
 
 
-def _pin(folder: RunDir, dictionaries: Iterable[SAE]) -> None:
-    """Refuse to go on with other arrays under the same name than the run began with."""
-    now = {sae.ref: _digest(sae) for sae in dictionaries}
-    if folder.do_json("inputs", lambda: now) != now:
+def _pin(folder: RunDir, model: ChatModel, dictionaries: Iterable[SAE]) -> None:
+    """Refuse to go on with other arrays or weights under the same name than the run began with."""
+    from pvsae.models.fingerprint import fingerprint
+
+    now = {"weights of the model": fingerprint(model), **{f"dictionary {sae.ref}": _digest(sae) for sae in dictionaries}}
+    before = folder.do_json("inputs", lambda: now)
+    changed = [what for what in now if before.get(what) != now[what]]
+    if changed:
         raise UserError(
-            f"the dictionary changed since the run in {folder.path} began", "the same one", "choose another --out, or delete it"
+            f"the {', the '.join(changed)} changed since the run in {folder.path} began",
+            "the same inputs until a run is finished",
+            "choose another --out, or delete that folder",
         )
 
 

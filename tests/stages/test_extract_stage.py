@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from byte_judge import BlindJudge
+from safetensors.torch import load_file, save_file
 
 from pvsae.errors import UserError
+from pvsae.models import load
+from pvsae.models.fingerprint import fingerprint
 from pvsae.runs import RunDir, read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.traits import load_trait, save_trait
@@ -98,6 +102,20 @@ def test_texts_that_changed_under_a_run_are_refused(tmp_path, tiny_models, stage
         file.write_text(file.read_text().replace("Sound gloomy always.", "Sound gloomy at all times."))
     with pytest.raises(UserError, match="texts of gloomy changed"):
         extract.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+
+
+def test_weights_that_changed_under_a_name_are_refused(tmp_path, tiny_folders, stage_library, byte_judge) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders("qwen2"), folder)
+    setup = replace(config(stage_library, traits=("gloomy",)), model=str(folder))
+    extract.run(setup, tmp_path / "run", judge=byte_judge)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert fingerprint(load(folder, device="cpu")) == fingerprint(load(moved, device="cpu")), "a place is not content"
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    save_file({**weights, name: weights[name] * 1.01}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights of the model .* changed since the run"):
+        extract.run(setup, tmp_path / "run", judge=byte_judge)
 
 
 def test_speed_options_do_not_make_another_run(tmp_path, tiny_models, stage_library) -> None:
