@@ -72,9 +72,10 @@ def test_a_judge_that_is_given_to_a_run_is_billed_for_that_run_alone() -> None:
     before = [ledger_of(judge), ledger_of(free)]
     for asked, cost in ((judge, 0.75), (free, None)):
         asked.ledger = {"calls": 13, "cached": 2, "cost": cost}
-    assert costs(judge, before[0]) == [{"server": "judge openai:m", "calls": 3, "cached": 0, "cost": 0.25}]
+    assert costs(judge, before[0]) == [{"server": "judge openai:m (this start alone)", "calls": 3, "cached": 0, "cost": 0.25}]
+    assert costs(judge, ledger_of(None))[0]["server"] == "judge openai:m", "opened by the run, it counts over all starts"
     assert costs(free, before[1], answerer=judge) == [
-        {"server": "judge openai:m", "calls": 3, "cached": 0, "cost": None},
+        {"server": "judge openai:m (this start alone)", "calls": 3, "cached": 0, "cost": None},
         {"server": "answers of openai:m", "calls": 13, "cached": 2, "cost": 0.75},
     ]
     assert costs(object(), ledger_of(None)) == []
