@@ -13,6 +13,9 @@ from pvsae.ledger import Ledger
 from pvsae.runs import read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.stages.costs import costs, ledger_of
+from pvsae.stages.plan import plan_answers
+from pvsae.traits import load_trait
+from pvsae.vectors.rollouts import Task
 from tests.fake_server import FakeServer, TellsNumbers, seeded
 
 PRICE = (100.0, 1000.0)  # about 0.02 dollars a score
@@ -56,6 +59,19 @@ def test_costs_and_their_limit_are_those_of_all_starts(tmp_path, tiny_models, st
     shared = row(tmp_path / "other")
     assert (shared["calls"], shared["cost"]) == (0, 0.0)
     assert shared["cached"] >= len(sold)
+
+
+def test_a_plan_counts_bytes_and_replies_that_are_read_as_text(stage_library) -> None:
+    setup = ExtractConfig(
+        library=str(stage_library), traits=("gloomy",), judge="openai:fake", judge_price=PRICE, max_new_tokens=6
+    )
+    latin = load_trait("gloomy", stage_library)
+    chinese = replace(latin, eval_prompt=latin.eval_prompt + "\u5fe7" * 300)
+    task = Task("q", "What?", 0, 0, 0, "pos", None)
+    plans = [plan_answers(setup, [(trait, [task])]) for trait in (latin, chinese)]
+    assert plans[1].tokens_in - plans[0].tokens_in == 300, "three bytes each"
+    assert plans[0].tokens_out == 2 * 16
+    assert "about" in str(plans[0])
 
 
 class Asked:
