@@ -188,7 +188,7 @@ def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool) -> None:
         help="ask the judge for no more than this, over all starts of a run (needs --judge-price)",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="say how much would be generated, judged and paid at most, and stop"
+        "--dry-run", action="store_true", help="say how much would be generated and judged, and about what it may cost, and stop"
     )
     group = parser.add_argument_group("how answers are made")
     group.add_argument(

@@ -20,7 +20,7 @@ def costs(judge: Any, before: Mapping[str, Any], answerer: Any = None) -> list[d
     None without prices). No row: no server was asked.
 
     A judge that the run opened for itself counts over all starts of the run; of one that was given to it, only what it was
-    asked since.
+    asked since, and its row says so: how it keeps what it spent is its owner's affair.
 
     Args:
         before: `ledger_of` the judge that was given to the run.
@@ -29,7 +29,7 @@ def costs(judge: Any, before: Mapping[str, Any], answerer: Any = None) -> list[d
     rows = []
     if now := ledger_of(judge):
         since = {name: value if value is None else value - (before.get(name) or 0) for name, value in now.items()}
-        rows.append({"server": f"judge {judge.name}", **since})
+        rows.append({"server": f"judge {judge.name}{' (this start alone)' if before else ''}", **since})
     if now := ledger_of(answerer):
         rows.append({"server": f"answers of {answerer.name}", **now})
     return rows

@@ -108,19 +108,17 @@ def run(
                 vectors[artifacts.name] = PersonaVectors.load(folder.path / step.name / "vectors.safetensors")
             except EmptyFilter as error:
                 empty[artifacts.name] = error
-        if not vectors:
-            raise next(iter(empty.values()))
         table = pd.DataFrame([_trait_row(name, *rollouts[name], vectors.get(name), config.threshold) for name in rollouts])
-        blocks = pd.concat([_block_rows(v) for v in vectors.values()], ignore_index=True)
+        parts = [_block_rows(v) for v in vectors.values()]
+        blocks = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["trait", "block"])
         folder.table("extraction", table)
         folder.table("blocks", blocks)
         summary = _summary(table, blocks, rollouts, model, judge, empty)
         folder.result({**summary, "costs": costs(judge, before, answerer)})
         if empty:
             first = next(iter(empty.values()))
-            raise EmptyFilter(
-                f"no vector for {', '.join(empty)}; the other traits are done. {first.what}", first.expected, first.fix
-            )
+            others = "; the other traits are done" if vectors else ""
+            raise EmptyFilter(f"no vector for {', '.join(empty)}{others}. {first.what}", first.expected, first.fix)
         return ExtractResult(vectors, table, blocks, folder.path)
 
 
@@ -236,7 +234,7 @@ def _summary(
                 label = f"{name}, {polarity}: {row['question']} (trait {row[name]:.0f}, coherence {row['coherence']:.0f})"
                 examples.append({"label": label, "text": row["answer"]})
     unanswered = sum(part.meta.get("failed_rows", 0) for pair in rollouts.values() for part in pair)
-    best = blocks.groupby("trait", sort=False)["half_split_cosine"].max()
+    best = blocks.groupby("trait", sort=False)["half_split_cosine"].max().min() if len(blocks) else None
     return {
         "title": "Extraction",
         "about": (
@@ -247,7 +245,7 @@ def _summary(
             {"label": "traits", "value": len(table)},
             {"label": "pairs kept", "value": f"{table['kept'].sum()} of {table['pairs'].sum()}"},
             {"label": "judge", "value": judge.name},
-            {"label": "half-split cosine, worst trait at its best block", "value": f"{best.min():.3f}"},
+            {"label": "half-split cosine, worst trait at its best block", "value": "-" if best is None else f"{best:.3f}"},
         ],
         "notes": [f"Chat template: {note}" for note in model.chat.notes],
         "failures": [

@@ -205,6 +205,8 @@ def plan(config: SteerConfig) -> Plan:
     parts = []
     for artifacts in open_traits(config):
         vectors = read_vectors(config.vectors, artifacts.name, config.statistic)
+        for block in config.blocks:
+            vectors.check_block(block)
         chosen = (0,)  # a block that only the model or a `pvsae layers` run knows; which one changes no count
         blocks = (ALL_BLOCKS,) if config.multi_layer else tuple(dict.fromkeys(config.blocks)) or chosen
         conditions = _conditions(config, vectors, blocks)

@@ -1,5 +1,6 @@
 """The laws of the hook API, each on Qwen2, Qwen3, Llama and a real pretrained model."""
 
+import copy
 from contextlib import suppress
 
 import pytest
@@ -169,6 +170,41 @@ def test_reconstruct_leaves_first_and_special_tokens_alone(tiny_model):
         assert again.shape == raw.shape
         with pytest.raises(UserError, match="embeddings"):
             tiny_model.hf(inputs_embeds=torch.zeros(1, 3, tiny_model.d_model))
+
+
+def test_where_a_token_stands_is_known_without_position_ids(tiny_model):
+    """From the mask where there is one, else from the length of the cache: the first tokens keep their residual, others not."""
+    rows, block, first = rendered_rows(tiny_model), 1, 2
+    edit = Reconstruct(dictionary_for(tiny_model), block, first, tuple(tiny_model.tokenizer.all_special_ids))
+    batch = batch_of(tiny_model, rows, "left")
+    seen = []
+    handle = tiny_model.blocks[block + 1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+
+    @torch.no_grad()
+    def kept(edits, **call):
+        """Which residuals an edited call leaves as they are in the call without edits, and what it returns."""
+        seen.clear()
+        with tiny_model.hooks([]):
+            tiny_model.hf(**{**call, "past_key_values": copy.deepcopy(call.get("past_key_values"))})
+        with tiny_model.hooks(edits):
+            out = tiny_model.hf(**call, use_cache=True)
+        before, after = seen
+        return (before == after).all(-1), out
+
+    try:
+        same, _ = kept([edit], input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        for row, mask, found in zip(rows, batch.attention_mask.bool(), same, strict=True):
+            wanted = [i < first or token in edit.skip_ids for i, token in enumerate(row.ids)]
+            assert found[mask].tolist() == wanted
+        ids = torch.tensor([[token for token in rows[0].ids if token not in edit.skip_ids][:7]], device=tiny_model.device)
+        same, out = kept([edit], input_ids=ids[:, :4])
+        assert same.tolist() == [[True, True, False, False]]
+        same, _ = kept([edit], input_ids=ids[:, 4:], past_key_values=out.past_key_values)
+        assert same.tolist() == [[False, False, False]], "a cached step goes on counting"
+    finally:
+        handle.remove()
 
 
 def test_hooks_are_gone_after_an_exception(tiny_model):

@@ -13,6 +13,9 @@ from pvsae.ledger import Ledger
 from pvsae.runs import read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.stages.costs import costs, ledger_of
+from pvsae.stages.plan import plan_answers
+from pvsae.traits import load_trait
+from pvsae.vectors.rollouts import Task
 from tests.fake_server import FakeServer, TellsNumbers, seeded
 
 PRICE = (100.0, 1000.0)  # about 0.02 dollars a score
@@ -58,6 +61,19 @@ def test_costs_and_their_limit_are_those_of_all_starts(tmp_path, tiny_models, st
     assert shared["cached"] >= len(sold)
 
 
+def test_a_plan_counts_bytes_and_replies_that_are_read_as_text(stage_library) -> None:
+    setup = ExtractConfig(
+        library=str(stage_library), traits=("gloomy",), judge="openai:fake", judge_price=PRICE, max_new_tokens=6
+    )
+    latin = load_trait("gloomy", stage_library)
+    chinese = replace(latin, eval_prompt=latin.eval_prompt + "\u5fe7" * 300)
+    task = Task("q", "What?", 0, 0, 0, "pos", None)
+    plans = [plan_answers(setup, [(trait, [task])]) for trait in (latin, chinese)]
+    assert plans[1].tokens_in - plans[0].tokens_in == 300, "three bytes each"
+    assert plans[0].tokens_out == 2 * 16
+    assert "about" in str(plans[0])
+
+
 class Asked:
     """Whatever keeps a ledger."""
 
@@ -72,9 +88,10 @@ def test_a_judge_that_is_given_to_a_run_is_billed_for_that_run_alone() -> None:
     before = [ledger_of(judge), ledger_of(free)]
     for asked, cost in ((judge, 0.75), (free, None)):
         asked.ledger = {"calls": 13, "cached": 2, "cost": cost}
-    assert costs(judge, before[0]) == [{"server": "judge openai:m", "calls": 3, "cached": 0, "cost": 0.25}]
+    assert costs(judge, before[0]) == [{"server": "judge openai:m (this start alone)", "calls": 3, "cached": 0, "cost": 0.25}]
+    assert costs(judge, ledger_of(None))[0]["server"] == "judge openai:m", "opened by the run, it counts over all starts"
     assert costs(free, before[1], answerer=judge) == [
-        {"server": "judge openai:m", "calls": 3, "cached": 0, "cost": None},
+        {"server": "judge openai:m (this start alone)", "calls": 3, "cached": 0, "cost": None},
         {"server": "answers of openai:m", "calls": 13, "cached": 2, "cost": 0.75},
     ]
     assert costs(object(), ledger_of(None)) == []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pvsae.errors import UserError
 from pvsae.models import load
 from pvsae.models.fingerprint import fingerprint
+from pvsae.reports import write_report
 from pvsae.runs import RunDir, read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.traits import load_trait, save_trait
@@ -68,8 +69,14 @@ def test_failed_scores_are_counted_and_shown(tmp_path, tiny_models, stage_librar
 
 
 def test_when_no_pair_passes_the_filter_the_counts_are_said(tmp_path, tiny_models, stage_library, byte_judge) -> None:
-    with pytest.raises(EmptyFilter, match=r"no pair of 'gloomy' rollouts passes the filter.*pos_trait_low"):
+    with pytest.raises(EmptyFilter, match=r"no vector for gloomy, chatty\. no pair of 'gloomy' rollouts .*pos_trait_low"):
         extract.run(config(stage_library, threshold=101.0), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
+    table = pd.read_csv(tmp_path / "run" / "tables" / "extraction.csv")
+    assert table["kept"].tolist() == [0, 0]
+    result = read_json(tmp_path / "run" / "result.json")
+    assert [any(f"'{t}' rollouts" in f["what"] for f in result["failures"]) for t in table["trait"]] == [True, True]
+    assert result["costs"] == []
+    assert "'chatty' rollouts" in write_report(tmp_path / "run").read_text().replace("&#39;", "'")
 
 
 def test_a_trait_without_a_vector_does_not_take_the_others_with_it(tmp_path, tiny_models, stage_library) -> None:

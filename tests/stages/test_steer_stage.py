@@ -67,6 +67,12 @@ def test_a_condition_is_the_generation_under_that_addition(tmp_path, tiny_models
     assert list(unsteered["answer"]) != list(stored["answer"])
 
 
+def test_a_plan_knows_which_blocks_the_vectors_have(vectors_run, stage_library) -> None:
+    setup = config(vectors_run, stage_library, blocks=(1, 99))
+    with pytest.raises(UserError, match="99"):
+        steer.plan(replace(setup, model="organism"))
+
+
 def test_failed_scores_leave_the_mean_and_are_counted(tmp_path, tiny_models, stage_library, vectors_run, byte_judge) -> None:
     byte_judge.fail_every = 4
     result = steer.run(config(vectors_run, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
