@@ -146,7 +146,8 @@ CASES = {
     "training on a missing model": ("sae train organism model.name={p}/nowhere --out {out}", "nowhere"),
     "training on missing text": (f"{SAE} corpus.sources.0.path={{p}}/no.jsonl --out {{out}}", "no.jsonl"),
     "training on an unknown corpus": (
-        f"{SAE} corpus.sources.0.path=null corpus.sources.0.named=org corpus.sources.0.max_samples=5 --out {{out}}", "'org'",
+        f"{SAE} corpus.sources.0.path=null corpus.sources.0.named=org corpus.sources.0.max_samples=5 --out {{out}}",
+        "'org'",
     ),
     "training of an unknown block": (f"{SAE} training.dictionaries.block=9 --out {{out}}", "block 9"),
     "plan of an unknown block": (f"{SAE} training.dictionaries.block=9 --dry-run", "0 to 3"),
