@@ -88,7 +88,8 @@ def test_words_change_a_config() -> None:
     ("words", "said"),
     [
         (["trainig.tokens=5"], "unknown key trainig"), (["trainig.tokens=5"], "did you mean training?"),
-        (["tokens=5"], "did you mean corpus.tokens or training.tokens?"), (["training.lr=1e-3"], "did you mean training.dictionaries.0.lr?"),
+        (["tokens=5"], "did you mean corpus.tokens or training.tokens?"),
+        (["training.lr=1e-3"], "did you mean training.dictionaries.0.lr?"),
         (["training.dictionaries.bloc=5"], "did you mean training.dictionaries.block?"),
         (["training.dictionaries.k=many"], "training.dictionaries.k is 'many'"),
         (["training.dictionaries=5"], "an entry or a list of entries"),
