@@ -25,6 +25,7 @@ import pandas as pd
 from benchmarks.record import check, record
 from pvsae import generate_rollouts, judge_rollouts, load, load_judge, load_trait
 from pvsae.models import ChatModel, Sampling
+from pvsae.models.fingerprint import fingerprint
 from pvsae.organism.grammar import n_sentences, parse
 from pvsae.organism.world import FACTS, SUMS
 from pvsae.runs import atomic_write_text
@@ -74,12 +75,12 @@ def prompted(model: ChatModel, traits: Sequence[str], n_samples: int, out: Path)
     """A row a trait and condition (pos, neg: every system prompt on every evaluation question; none: no system prompt, as many
     answers), with the mean trait score, the mean coherence and their number."""
     judge, library = load_judge(model.defaults["judge"]), model.path / model.defaults["traits"] if model.path else None
-    rows = []
+    rows, weights = [], fingerprint(model)  # a model that was trained anew is not served the answers of the old one
     for trait in traits:
         artifacts = load_trait(trait, library)
         for polarity in ("pos", "neg", "none"):
             n = n_samples * (len(artifacts.pairs) if polarity == "none" else 1)
-            label, parts = f"{trait} {polarity}", out / trait / polarity
+            label, parts = f"{trait} {polarity}", out / weights / trait / polarity
             answers = generate_rollouts(
                 model, artifacts, polarity, which="eval", n_samples=n, sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS),
                 batch_size=64, parts=parts / "answers", progress=label,

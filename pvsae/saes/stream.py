@@ -11,8 +11,6 @@ whether the next pass is computed ahead on a GPU, read from shards, or computed 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from pvsae.errors import UserError
 from pvsae.models import ChatModel
+from pvsae.models.fingerprint import fingerprint
 from pvsae.models.hooks import check
 from pvsae.saes.buffer import Batch, ShuffleBuffer
 from pvsae.saes.corpus import Corpus, Row, Rows
@@ -406,13 +405,3 @@ class ActivationStream:
             "window": self.config.window,
             "seed": self.config.seed,
         }
-
-
-def fingerprint(model: ChatModel) -> str:
-    """Hash of a model's config, dtype, and a sample of every weight: cheap, and different after any training."""
-    digest = hashlib.sha256(json.dumps([str(model.dtype), model.hf.config.to_dict()], default=str, sort_keys=True).encode())
-    for name, weight in model.hf.named_parameters():
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:20]

@@ -55,6 +55,10 @@ class ExtractConfig(Setup):
     rollouts_url: str | None = None
     rollouts_model: str | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """As of every stage. A server may move to another address, but its answers are not those of the model here."""
+        return {**super().identity(), "answers_from_server": self.rollouts_url is not None}
+
 
 @dataclass(frozen=True)
 class ExtractResult:
@@ -87,8 +91,8 @@ def run(
         traits = open_traits(config, model)
         before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
-        pin_inputs(folder, traits)
         answerer = model if config.rollouts_url is None else _server(config, folder)
+        pin_inputs(folder, model, traits)
         vectors: dict[str, PersonaVectors] = {}
         rollouts: dict[str, tuple[Rollouts, Rollouts]] = {}
         empty: dict[str, EmptyFilter] = {}
@@ -146,7 +150,9 @@ def _server(config: ExtractConfig, folder: RunDir) -> Any:
     from pvsae.models import RemoteModel
 
     cache, ledger = (folder.path / f"rollouts_{name}.sqlite" for name in ("cache", "ledger"))
-    return RemoteModel(ChatClient(config.rollouts_url, config.rollouts_model or config.model, cache=cache, ledger=ledger))
+    client = ChatClient(config.rollouts_url, config.rollouts_model or config.model, cache=cache, ledger=ledger)
+    client.check()
+    return RemoteModel(client)
 
 
 def _rollouts(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pvsae.vectors import PersonaVectors, Rollouts
 
 # What may change between two sessions of one run: it says how far or how fast to go, not what comes out.
-_NOT_IDENTITY = frozenset({"max_cost", "judge_price", "judge_url", "judge_cache", "batch_size"})
+_NOT_IDENTITY = frozenset({"max_cost", "judge_price", "judge_url", "judge_cache", "rollouts_url", "batch_size"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +282,7 @@ def _scores(rollouts: Rollouts, metric: str) -> list[Score]:
 
 def pin_inputs(
     run: RunDir,
+    model: ChatModel,
     traits: Sequence[TraitArtifacts],
     vectors: Mapping[str, PersonaVectors] | None = None,
     others: Mapping[str, Any] | None = None,
@@ -294,9 +295,13 @@ def pin_inputs(
         others: whatever else was read from files, by what a user would call it; JSON values.
 
     Raises:
-        UserError: a trait's texts, its vectors or something of `others` is not what the run began with.
+        UserError: the model's weights or adapter, a trait's texts, its vectors or something of `others` is not
+            what the run began with.
     """
-    now = {f"texts of {t.name}": t.sha256 for t in traits}
+    from pvsae.models.fingerprint import fingerprint
+
+    now = {"weights of the model (with adapter and dtype)": fingerprint(model)}
+    now |= {f"texts of {t.name}": t.sha256 for t in traits}
     for name, found in (vectors or {}).items():
         digest = hashlib.sha256()
         for statistic in found.statistics:

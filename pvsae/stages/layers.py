@@ -85,7 +85,7 @@ def run(
         vectors = {t.name: open_vectors(config.vectors, t.name, model, config.statistic) for t in traits}
         before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
-        pin_inputs(folder, traits, vectors)
+        pin_inputs(folder, model, traits, vectors)
         choices = {t.name: _choose(config, folder, model, judge, t, vectors[t.name]) for t in traits}
         table = pd.concat([_rows(choice) for choice in choices.values()], ignore_index=True)
         folder.table("layers", table)

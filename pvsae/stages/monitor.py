@@ -117,7 +117,7 @@ def run(
         before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
         texts = {f"prompts of {name}": [task.messages for task in tasks] for name, tasks in prompts.items()}
-        pin_inputs(folder, traits, vectors, {**texts, "conversation": conversation})
+        pin_inputs(folder, model, traits, vectors, {**texts, "conversation": conversation})
         points, per_block, answers = [], [], {}
         for artifacts in traits:
             tasks = prompts[artifacts.name]

@@ -114,7 +114,7 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
         # What can be wrong with the text shows here, while the options may still be put right: nothing is pinned yet.
         rows = [] if "evaluation" in folder.finished else _rows(config, model, sae)
-        _pin(folder, [sae] if other is None else [sae, other])
+        _pin(folder, model, [sae] if other is None else [sae, other])
         with folder.step("evaluation") as step:
             if not step.done:
                 _write(_evaluate(config, model, sae, rows or _rows(config, model, sae)), step.folder)
@@ -134,18 +134,30 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
             folder.close()
 
 
-def _pin(folder: RunDir, dictionaries: Iterable[SAE]) -> None:
-    """Refuse to go on with other arrays under the same name than the run began with."""
-    now = {}
-    for sae in dictionaries:
-        digest = hashlib.sha256()
-        for part in (sae.b_enc, sae.b_dec, sae.threshold, sae.W_dec[:64], sae.W_dec[-64:]):
-            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
-        now[sae.ref] = digest.hexdigest()
-    if folder.do_json("inputs", lambda: now) != now:
+def _pin(folder: RunDir, model: ChatModel, dictionaries: Iterable[SAE]) -> None:
+    """Refuse to go on with other arrays or weights under the same name than the run began with."""
+    from pvsae.models.fingerprint import fingerprint
+
+    now = {"weights of the model": fingerprint(model), **{f"dictionary {sae.ref}": _digest(sae) for sae in dictionaries}}
+    before = folder.do_json("inputs", lambda: now)
+    changed = [what for what in now if before.get(what) != now[what]]
+    if changed:
         raise UserError(
-            f"the dictionary changed since the run in {folder.path} began", "the same one", "choose another --out, or delete it"
+            f"the {', the '.join(changed)} changed since the run in {folder.path} began",
+            "the same inputs until a run is finished",
+            "choose another --out, or delete that folder",
         )
+
+
+def _digest(sae: SAE) -> str:
+    """Hash of all that a dictionary computes with. Of the arrays and not of a file: a release is no folder of the user's."""
+    import torch
+
+    digest = hashlib.sha256(f"{sae.dtype} {sae.top_k} {sae.apply_b_dec_to_input}".encode())
+    for array in (sae.b_enc, sae.b_dec, sae.threshold, sae.W_enc.T, sae.W_dec):
+        for part in array.split(4096):  # a dictionary may be larger than what is left of the memory
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:

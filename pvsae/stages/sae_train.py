@@ -138,8 +138,9 @@ def _train(
 ) -> tuple[list[Trained], ActivationStream | None]:
     """The dictionaries, and the stream that they came from; None where they were there already."""
     from pvsae.models import load as load_model
+    from pvsae.models.fingerprint import fingerprint
     from pvsae.saes.corpus import Corpus
-    from pvsae.saes.stream import ActivationStream, fingerprint
+    from pvsae.saes.stream import ActivationStream
     from pvsae.saes.trainer import Trained, train
 
     training = config.training

@@ -182,7 +182,7 @@ def run(
             _check_vectors(config, model, vectors[t.name], blocks[t.name])
         before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
-        pin_inputs(folder, traits, vectors)
+        pin_inputs(folder, model, traits, vectors)
         rows, prompts, examples = [], [], []
         for artifacts in traits:
             sweep = _Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])

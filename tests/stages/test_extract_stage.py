@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from byte_judge import BlindJudge
+from safetensors.torch import load_file, save_file
 
 from pvsae.errors import UserError
+from pvsae.models import load
+from pvsae.models.fingerprint import fingerprint
 from pvsae.runs import RunDir, read_json
 from pvsae.stages import ExtractConfig, extract
 from pvsae.traits import load_trait, save_trait
@@ -100,6 +104,20 @@ def test_texts_that_changed_under_a_run_are_refused(tmp_path, tiny_models, stage
         extract.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=byte_judge)
 
 
+def test_weights_that_changed_under_a_name_are_refused(tmp_path, tiny_folders, stage_library, byte_judge) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders("qwen2"), folder)
+    setup = replace(config(stage_library, traits=("gloomy",)), model=str(folder))
+    extract.run(setup, tmp_path / "run", judge=byte_judge)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert fingerprint(load(folder, device="cpu")) == fingerprint(load(moved, device="cpu")), "a place is not content"
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    save_file({**weights, name: weights[name] * 1.01}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights of the model .* changed since the run"):
+        extract.run(setup, tmp_path / "run", judge=byte_judge)
+
+
 def test_speed_options_do_not_make_another_run(tmp_path, tiny_models, stage_library) -> None:
     with RunDir.open(tmp_path / "run", "extract", config(stage_library).identity(), 3) as run:
         run.do_json("inputs", lambda: 1)
@@ -123,6 +141,19 @@ def test_answers_may_come_from_a_server_with_the_same_model(tmp_path, tiny_model
     assert pos.table["answer_ids"].isna().all()
     assert pos.table["answer"].str.len().gt(0).mean() > 0.5  # a random model often stops at once
     assert result.vectors["gloomy"].of().shape == (model.n_blocks, model.d_model)
+
+
+def test_a_wrong_address_of_the_server_is_put_right_in_the_same_folder(tmp_path, tiny_models, stage_library, byte_judge) -> None:
+    model = tiny_models("qwen2")
+    setup = config(stage_library, max_new_tokens=3, rollouts_model="fake", traits=("gloomy",))
+    with pytest.raises(UserError, match="no answer from"):
+        extract.run(replace(setup, rollouts_url="http://127.0.0.1:9/v1"), tmp_path / "run", model=model, judge=byte_judge)
+    assert not (tmp_path / "run" / "manifest.json").exists(), "nothing is pinned yet"
+    for _ in range(2):  # the same server at another address is no other run
+        with FakeServer(RunsModel(model)) as server:
+            extract.run(replace(setup, rollouts_url=server.url), tmp_path / "run", model=model, judge=byte_judge)
+    with pytest.raises(UserError, match="answers_from_server"):
+        extract.run(setup, tmp_path / "run", model=model, judge=byte_judge)
 
 
 def test_a_server_without_the_model_is_an_error_and_not_an_empty_result(tmp_path, tiny_models, stage_library, byte_judge) -> None:

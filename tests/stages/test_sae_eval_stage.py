@@ -12,7 +12,8 @@ import torch
 from pvsae.errors import UserError
 from pvsae.reports import draw, write_report
 from pvsae.reports.figures import l0_figure
-from pvsae.saes.folders import save
+from pvsae.saes.dictionary import SAE
+from pvsae.saes.folders import load, save
 from pvsae.stages import sae_eval
 from pvsae.stages.sae_eval import SaeEvalConfig, run
 from tests.saes.small import make_sae
@@ -104,6 +105,20 @@ def test_another_dictionary_under_the_same_name_is_refused(made, tmp_path):
     run(config, tmp_path / "run", model=model)
     sae = make_sae(5, d_model=model.d_model, d_sae=96).with_info(outliers=None)
     save(sae, config.dictionary)
+    with pytest.raises(UserError, match="changed since"):
+        run(config, tmp_path / "run", model=model)
+
+
+@pytest.mark.parametrize(("array", "at"), [("W_enc", (5, 40)), ("W_dec", (50, 3)), ("threshold", (7,)), ("b_dec", (1,))])
+def test_one_changed_number_makes_another_dictionary(made, tmp_path, array, at):
+    model, config = made
+    sae = load(config.dictionary)
+    first = sae_eval._digest(sae)
+    assert sae_eval._digest(load(config.dictionary)) == first
+    run(config, tmp_path / "run", model=model)
+    changed = {name: getattr(sae, name).clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+    changed[array][at] += 0.001
+    save(SAE(**changed, info=sae.info), config.dictionary)
     with pytest.raises(UserError, match="changed since"):
         run(config, tmp_path / "run", model=model)
 
