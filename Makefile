@@ -1,6 +1,7 @@
 # Two commands are enough: `make demo` and `make test`. Each makes .venv and installs what it needs the first time.
 #
-#   make demo        the embedded model, start to end: vectors, steering curve, monitoring plot, HTML report in runs/demo
+#   make demo        the embedded model, start to end: vectors, steering curve, monitoring plot, sparse dictionary; ends
+#                    with an HTML report in runs/demo
 #   make test        the tests that fit a small machine
 #   make test-slow   the long ones too
 #   make lint        ruff and mypy

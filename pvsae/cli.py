@@ -225,9 +225,9 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
     train.add_argument("--out", help="run folder (default: runs/sae-CONFIG); an unfinished training there goes on")
     train.add_argument("--dry-run", action="store_true", help="say what it takes in tokens, memory and time, and stop")
     train.add_argument("--log", nargs="+", choices=("tensorboard", "wandb"), help="send metrics there, beside metrics.jsonl")
-    train.epilog = (train.epilog or "") + (
-        "\n\nSeveral processes: torchrun --nproc_per_node 2 -m pvsae sae train organism --out runs/sae\n"
-        "Killed, it goes on from its last checkpoint when the same command is given again."
+    train.description = (
+        "Dictionaries from a config: of a model, on text. Killed, it goes on from its last checkpoint when the same command is\n"
+        "given again. Several processes share the work under `torchrun --nproc_per_node 2 -m pvsae sae train CONFIG`."
     )
 
     add(kinds, "list", _sae_list, "the configs that come with the package", "  pvsae sae list")

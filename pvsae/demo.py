@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pvsae.models import ChatModel
 
 
 def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
-    """Extract, choose blocks, steer, monitor and write OUT/report.html; gives a few lines of text on what came out.
+    """Extract, choose blocks, steer, monitor, train and evaluate a dictionary, and write OUT/report.html; gives a few lines of
+    text on what came out. The dictionary's config is the shipped one of the model's name; without one, that part is left out.
 
     Killed and started again, it goes on from where it was.
     """
     from pvsae.models import load
     from pvsae.reports import write_report
+    from pvsae.saes import shipped
     from pvsae.stages import (
         ExtractConfig,
         LayersConfig,
@@ -44,6 +49,7 @@ def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
         out / "monitor",
         model=model,
     )
+    dictionary = _dictionary(name, model, out, seed) if name in shipped.names() else ""
     page = write_report(out, title="Persona vectors: the demo")
     lines = [f"{'trait':14} {'block':>5} {'pairs kept':>11} {'unsteered':>10} {'steered':>8} {'random':>7} {'monitoring r':>13}"]
     r = monitored.correlations.set_index(["trait", "kind", "scope"])["r"]
@@ -57,5 +63,22 @@ def demo(name: str, out: str | Path, *, seed: int = 0) -> str:
             f"{trait:14} {blocks.blocks[str(trait)]:>5} {pairs:>11} {plain:>10.0f} {best:>8.0f} {random:>7.0f} "
             f"{r.loc[(trait, 'all', 'overall')]:>13.2f}"
         )
-    lines += ["", f"{time.monotonic() - started:.0f} seconds this time. Open the report: {page}"]
+    lines += ["", *filter(None, [dictionary]), f"{time.monotonic() - started:.0f} seconds this time. Open the report: {page}"]
     return "\n".join(lines)
+
+
+def _dictionary(name: str, model: ChatModel, out: Path, seed: int) -> str:
+    """Trains and evaluates the dictionary of the shipped config; a line on what came out."""
+    from pvsae.stages import SaeEvalConfig, sae_eval, sae_train
+
+    seeds = [f"{key}={seed}" for key in ("corpus.seed", "stream.seed", "training.dictionaries.seed")]
+    trained = sae_train.run(sae_train.load_config(name, seeds), out / "sae_train", model=model)
+    (folder,) = trained.folders.values()
+    config = SaeEvalConfig(dictionary=str(folder), model=name, tokens=20_000, loss_tokens=10_000, seed=seed)
+    found = sae_eval.run(config, out / "sae_eval", model=model)
+    quality = found.tables["quality"].set_index("set")
+    return (
+        f"dictionary of {found.summary['d_sae']} latents: {1 - quality['fvu']['kept']:.1%} of the variance explained with "
+        f"{found.summary['l0 mean']:.1f} active latents a token, {found.summary['dead']} dead, "
+        f"{found.summary['ce recovered against zero']:.1%} of the model's loss recovered"
+    )

@@ -1,6 +1,6 @@
 """Settings: a YAML file and `key=value` words become a frozen dataclass, and every mistake is named with its place.
 
-Knows: YAML, dotted paths, the types that fields of dataclasses are annotated with, which known key is nearest to an unknown one.
+Knows: YAML, dotted paths, the types that fields of dataclasses are annotated with, which known key is nearest to an unknown.
 Does not know: what any setting is for.
 """
 

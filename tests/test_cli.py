@@ -18,8 +18,12 @@ from pvsae.cli import build_parser, main
 from pvsae.traits import Pair, TraitArtifacts, load_trait, save_trait
 from pvsae.vectors import PersonaVectors
 from tests.plugin import make_plugin
+from tests.saes.corpora import write_texts
 
-COMMANDS = ["demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "report"]
+COMMANDS = [
+    "demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "report",
+    "sae train", "sae eval", "sae list",
+]  # fmt: skip
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,6 +88,15 @@ def place(tmp_path_factory, tiny_folders):
     (root / "broken" / "extract" / "evil.json").write_text('{"instruction": [,]}')
     (root / "broken.json").write_text("{")
     (root / "file").write_text("a regular file")
+    write_texts(root / "texts.jsonl", 150)
+    (root / "sae.yaml").write_text(
+        f"""
+model: {{name: {root}/model, device: cpu}}
+corpus: {{sources: [{{path: {root}/texts.jsonl}}], context: 64, held_out: 0.2, repeat: true}}
+stream: {{batch_tokens: 256, buffer_tokens: 2048, calibration_tokens: 512}}
+training: {{dictionaries: {{block: 2, d_sae: 64, k: 4}}, tokens: 1280, batch: 128, log_every: 5, calibration_tokens: 500}}
+"""
+    )
     (root / "noise.safetensors").write_bytes(b"\x00" * 64)
     nan = root / "nan"
     shutil.copytree(root / "model", nan)
@@ -100,6 +113,7 @@ QUICK = "--max-questions 2 --max-new-tokens 3 --traits evil --library {p}/librar
 TINY = "--model {p}/model --judge organism"
 EXTRACT, GOOD = f"extract {TINY}", "{p}/good.safetensors"
 STEER, MONITOR, LAYERS = (f"{stage} {GOOD} {TINY} {QUICK}" for stage in ("steer", "monitor", "layers"))
+SAE = "sae train {p}/sae.yaml"
 NOBODY = "http://127.0.0.1:9/v1"
 CASES = {
     "missing model": (f"extract --model {{p}}/nowhere --judge organism {QUICK}", "nowhere"),
@@ -125,6 +139,20 @@ CASES = {
     "read-only file system": (f"{EXTRACT} --library {{p}}/library --out /proc/pvsae-run", "cannot write"),
     "a folder of something else": (f"{EXTRACT} --library {{p}}/library --out {{p}}/library", "not a run folder"),
     "report of nothing": ("report {p}/nowhere", "no such folder"),
+    "unknown config": ("sae train organsim --out {out}", "did you mean organism?"),
+    "unknown key": ("sae train organism trainig.tokens=5 --out {out}", "did you mean training?"),
+    "a wrong type behind an option": ("sae train organism --out {out} training.batch=many", "training.batch is 'many'"),
+    "config without a model": ("sae train stories260k --out {out}", "model.name is missing"),
+    "training on a missing model": ("sae train organism model.name={p}/nowhere --out {out}", "nowhere"),
+    "training on missing text": (f"{SAE} corpus.sources.0.path={{p}}/no.jsonl --out {{out}}", "no.jsonl"),
+    "training on an unknown corpus": (
+        f"{SAE} corpus.sources.0.path=null corpus.sources.0.named=org corpus.sources.0.max_samples=5 --out {{out}}",
+        "'org'",
+    ),
+    "training of an unknown block": (f"{SAE} training.dictionaries.block=9 --out {{out}}", "block 9"),
+    "plan of an unknown block": (f"{SAE} training.dictionaries.block=9 --dry-run", "0 to 3"),
+    "training in a folder of something else": (f"{SAE} --out {{p}}/library", "not a run folder"),
+    "evaluation of nothing": ("sae eval {p}/nowhere --text {p}/texts.jsonl --out {out}", "nowhere"),
     "author from nothing": ("traits author {p}/none.yaml --llm-model m --out {out}", "none.yaml"),
     "author without a server": (f"traits author {{p}}/stoic.yaml --llm-model m --llm-url {NOBODY} --out {{out}}", "127.0.0.1:9"),
 }
@@ -210,6 +238,56 @@ def test_dry_run_of_the_other_stages_loads_no_model(place: Path, tmp_path: Path,
     assert "dollars" in text
     assert not (tmp_path / "run").exists()
     assert main([*line.replace("good", "gone").split(), "--library", str(place / "library")]) == 2
+
+
+def test_a_dictionary_from_config_to_evaluation(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("PVSAE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    words = ["training.dictionaries.k=[2,4]", "--out", str(run), "training.tokens=640"]  # before and behind an option
+    assert main(["sae", "train", str(place / "sae.yaml"), *words]) == 0
+    said = capsys.readouterr().out
+    assert f"report: {run / 'report.html'}" in said
+    assert "block-2_width-64_k-2" in said
+    assert json.loads((run / "result.json").read_text())["dictionaries"][1]["tokens"] == 640
+    assert main(["sae", "train", str(run / "config.yaml"), "--out", str(run)]) == 0, "the saved config is the same training"
+    folder = str(run / "block-2_width-64_k-4")
+    assert main(["sae", "eval", folder, "--tokens", "500", "--loss-tokens", "200", "--out", str(tmp_path / "eval")]) == 0
+    assert "with outliers" in capsys.readouterr().out
+    page = tmp_path / "both.html"
+    assert main(["report", str(tmp_path), "--out", str(page)]) == 0
+    assert all(title in page.read_text() for title in ("Training of dictionaries", "Evaluation of a dictionary"))
+
+
+def test_dry_run_of_a_training_loads_no_weights(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("pvsae.models.load", None)
+    monkeypatch.setattr("pvsae.saes.corpus.Corpus", None)
+    assert main(["sae", "train", str(place / "sae.yaml"), "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "tokens    1,280 in 10 steps of 128" in said
+    assert "shuffle buffer 197 KB" in said
+    assert "time      about" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_shipped_configs_are_listed_without_torch() -> None:
+    code = "import sys\nfrom pvsae.cli import main\nmain(['sae', 'list'])\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "False"
+    assert [line.split()[0] for line in lines[:8]] == [
+        "llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "organism", "organism-llama", "qwen2.5-0.5b-instruct",
+        "qwen2.5-7b-instruct", "qwen3-1.7b", "stories260k",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", [["training.tokens=5", "--fast"], ["fast"], ["--out", "x", "training.tokens"]])
+def test_words_that_are_no_setting_are_refused(rest: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["sae", "train", "organism", "--dry-run", *rest])
+    assert stop.value.code == 2
+    assert "pvsae: error: unrecognized" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", "x", "--out", "y", "a=b"])
 
 
 def test_traits_are_listed_and_shown(place: Path, capsys) -> None:

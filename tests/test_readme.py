@@ -28,19 +28,21 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_the_command_line_examples(tmp_path: Path) -> None:
     (script,) = blocks("bash")
-    assert script.count("pvsae ") == 5
+    assert script.count("pvsae ") == 7
     out = run(["bash", "-euo", "pipefail", "-c", script], tmp_path)
     page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
-    assert out.count("report:") == 4
-    assert all(title in page for title in ("Extraction", "Choice of the block", "Steering", "Monitoring"))
+    assert out.count("report:") == 6
+    titles = ("Extraction", "Choice of the block", "Steering", "Monitoring", "Training of", "Evaluation of a dictionary")
+    assert all(title in page for title in titles)
 
 
 def test_the_python_examples(tmp_path: Path) -> None:
     parts = blocks("python")
-    assert len(parts) == 3
+    assert len(parts) == 4
     out = run([sys.executable, "-c", "\n".join(parts)], tmp_path)
     assert "'kept'" in out
     assert "unsteered" in out
+    assert "indices=tensor" in out
     assert (tmp_path / "runs" / "python" / "report.html").is_file()
 
 

@@ -3,10 +3,10 @@
 Knows: the shapes of a model and of dictionaries, bytes a parameter, and how to time a small piece of the work on this machine.
 Does not know: configs and commands. Nothing here reads weights or text.
 
-Time is arithmetic on two measured rates. A step is timed on a dictionary with so many of the latents that it is small, and
-multiplied by the share left out: product, selection and Adam are all proportional to the number of latents. The model is timed as
-matrix products of its own width, 2 operations a parameter and token up to the highest block, plus attention; what else a forward
-pass does is not counted, so that the model's part is a lower bound.
+Time is arithmetic on two measured rates. A step is timed on a dictionary with so few of the latents that it is small, and
+multiplied up: product, selection and Adam are all proportional to the number of latents. The model is timed as matrix products
+of its own width, 2 operations a parameter and token up to the highest block, plus attention; what else a forward pass does is
+not counted, so that the model's part is a lower bound.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Demand:
         tokens, steps: of training.
         memory: part -> bytes, on the model's device unless its name says otherwise.
         checkpoint, saved: bytes on disk while it runs, and at the end.
-        model_seconds, step_seconds: of all forward passes (a lower bound), and of all steps; None where they were not estimated.
+        model_seconds, step_seconds: of all forward passes (a lower bound) and of all steps; None where not estimated.
         notes: how the numbers came about.
     """
 

@@ -50,7 +50,10 @@ def test_the_recipe_behind_the_paper() -> None:
     assert (t.tokens, t.batch, t.warmup, t.decay, t.step.clip) == (500_000_000, 2048, 1000, 0.2, 1.0)
     assert (t.step.aux_coef, t.step.aux_k, t.step.dead_after, t.step.threshold_decay) == (1 / 32, None, 10_000_000, 0.999)
     assert (c.context, c.drop_first, s.buffer_tokens, s.outlier_multiple) == (1024, 8, 250_000, 10)
-    assert [(source.kind, source.weight, source.strip_system) for source in c.sources] == [("chat", 0.35, 0.8), ("text", 0.64, 0.0)]
+    assert [(source.kind, source.weight, source.strip_system) for source in c.sources] == [
+        ("chat", 0.35, 0.8),
+        ("text", 0.64, 0.0),
+    ]
     llama = load_config("llama-3.1-8b-instruct")
     assert [d.name for d in llama.training.dictionaries] == ["block-15_width-131072_k-64"]
     assert llama.corpus.drop_first == 1
@@ -85,7 +88,8 @@ def test_words_change_a_config() -> None:
     ("words", "said"),
     [
         (["trainig.tokens=5"], "unknown key trainig"), (["trainig.tokens=5"], "did you mean training?"),
-        (["tokens=5"], "did you mean corpus.tokens or training.tokens?"), (["training.lr=1e-3"], "did you mean training.dictionaries.0.lr?"),
+        (["tokens=5"], "did you mean corpus.tokens or training.tokens?"),
+        (["training.lr=1e-3"], "did you mean training.dictionaries.0.lr?"),
         (["training.dictionaries.bloc=5"], "did you mean training.dictionaries.block?"),
         (["training.dictionaries.k=many"], "training.dictionaries.k is 'many'"),
         (["training.dictionaries=5"], "an entry or a list of entries"),

@@ -98,7 +98,9 @@ def test_a_finished_training_is_read_back_without_the_model(finished, texts) -> 
 
 
 @pytest.mark.parametrize("kill_at", [3, 12])
-def test_killed_and_started_again_it_ends_with_the_same_bits(finished, texts, tiny_models, tmp_path, monkeypatch, kill_at) -> None:
+def test_killed_and_started_again_it_ends_with_the_same_bits(
+    finished, texts, tiny_models, tmp_path, monkeypatch, kill_at
+) -> None:
     batches = stream_module.ActivationStream.batches
 
     def killed(self: Any, size: int) -> Any:
@@ -182,6 +184,7 @@ def test_the_plan_counts_what_the_training_takes(finished, texts, tiny_models, t
     said = sae_train.plan(named)
     assert "3,072 in 24 steps of 128" in said
     assert "block-2_width-96_k-4" in said
+    both = tuple(replace(d, block=9 if d.block == 2 else 1) for d in wanted.training.dictionaries)
+    unknown = replace(named, training=replace(wanted.training, dictionaries=both))
     with pytest.raises(UserError, match=r"blocks 1, 9 of (?s:.*)0 to 3"):
-        both = tuple(replace(d, block=9 if d.block == 2 else 1) for d in wanted.training.dictionaries)
-        sae_train.plan(replace(named, training=replace(wanted.training, dictionaries=both)))
+        sae_train.plan(unknown)
