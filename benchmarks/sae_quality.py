@@ -15,6 +15,7 @@ import argparse
 import random
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,8 @@ def main() -> None:
         _memory_of(peer, *map(int, numbers))
         return
     peers = ["pvsae", *options.peers]
-    checks, details = [], {"threads": torch.get_num_threads(), "dead_share": DEAD_SHARE}
+    checks: list[dict[str, Any]] = []
+    details: dict[str, Any] = {"threads": torch.get_num_threads(), "dead_share": DEAD_SHARE}
     for name, shape in (QUICK if options.quick else SHAPES).items():
         if options.shapes and name not in options.shapes:
             continue
