@@ -265,7 +265,7 @@ def test_dry_run_of_a_training_loads_no_weights(place: Path, tmp_path: Path, cap
     said = capsys.readouterr().out
     assert "tokens    1,280 in 10 steps of 128" in said
     assert "shuffle buffer 197 KB" in said
-    assert "time      about" in said
+    assert "time      at least" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, atomic_path
@@ -289,10 +289,12 @@ def training_figure(metrics: pd.DataFrame) -> Figure:
         ax.set_xlabel("training tokens", fontsize=9)
         ax.set_ylabel(label, fontsize=9)
         ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[0].set_yscale("log")
-    axes[0].yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes[0].tick_params(which="minor", labelsize=7)
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[1].set_ylim(0, 1.15 * float(metrics["l0"].max()))
     axes[2].set_ylim(0, max(5.0, 1.15 * float(metrics["n_dead"].max())))
     axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -55,8 +55,8 @@ class Demand:
         ]
         if self.model_seconds is not None and self.step_seconds is not None:
             both = self.model_seconds + self.step_seconds
-            parts = f"steps {_time(self.step_seconds)}, the model at least {_time(self.model_seconds)}"
-            lines.append(f"time      about {_time(both)}: {parts}")
+            parts = f"steps {_time(self.step_seconds)}, the model {_time(self.model_seconds)}"
+            lines.append(f"time      at least {_time(both)}: {parts}")
         return "\n".join([*lines, *(f"          {note}" for note in self.notes)])
 
 
