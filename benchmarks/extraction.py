@@ -77,9 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 turns instead of 5")
     parser.add_argument("--model", default="organism", help="model name, folder or hub id")
+    parser.add_argument("--chat", choices=("auto", "plain"), default="auto", help="plain: for a model without a chat template")
     parser.add_argument("--trait", default="evil")
     options = parser.parse_args(argv)
-    model = load(options.model, dtype="float32", device="cpu")
+    model = load(options.model, dtype="float32", device="cpu", chat=options.chat)
     n_rows = 200
     with tempfile.TemporaryDirectory() as folder:
         pos, neg = stored_rollouts(model, options.trait, Path(folder), n_rows)
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": model.name, "n_blocks": model.n_blocks, "d_model": model.d_model, "tokens": tokens,
         "threads": torch.get_num_threads(), "median_seconds": median, "seconds": seconds,
     }  # fmt: skip
-    record("extraction", checks, details)
+    record("extraction" if options.model == "organism" else f"extraction_{Path(options.model).name}", checks, details)
 
 
 if __name__ == "__main__":
