@@ -27,9 +27,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(kernels.available(), reason="the kernels run in this process")
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("part", ["whole_step", pytest.param("", marks=pytest.mark.slow)])
+def test_in_the_interpreter(part: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", part],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
