@@ -218,7 +218,7 @@ class Reader:
 
     def _value(self, row: Any) -> Value | Bad:
         if isinstance(row, str):
-            return row if row.strip() else Bad("an empty text")
+            return _text(row)
         if not isinstance(row, Mapping):
             return Bad("a row that is not an object with fields")
         found = row.get(self.field)
@@ -228,7 +228,7 @@ class Reader:
             return self._messages(found)
         if not isinstance(found, str):
             return Bad(f"field {self.field} is not a text")
-        return found if found.strip() else Bad("an empty text")
+        return _text(found)
 
     def _messages(self, found: Any) -> Messages | Bad:
         if isinstance(found, str) or not isinstance(found, Sequence) or not len(found):
@@ -240,11 +240,26 @@ class Reader:
             role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
             if not isinstance(role, str) or not isinstance(content, str):
                 return Bad("a message without role or content")
+            if isinstance(content := _encodable(content), Bad):
+                return content
             role = self.source.roles.get(role) or ALIASES.get(role, role)
             if role not in ROLES:
                 return Bad(f"unknown role {role!r}")
             messages.append({"role": role, "content": content})
         return tuple(messages)
+
+
+def _text(found: str) -> str | Bad:
+    return _encodable(found) if found.strip() else Bad("an empty text")
+
+
+def _encodable(text: str) -> str | Bad:
+    """A text that has a UTF-8 form. JSON may escape half of a surrogate pair (text that was cut there), and tokenizers crash."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Bad("half of a surrogate pair, which is no character")
+    return text
 
 
 # -------------------------------------------------------------------------------------------------------------------- named

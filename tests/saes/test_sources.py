@@ -60,6 +60,18 @@ def test_reading_goes_on_at_a_place(tmp_path) -> None:
     assert rows(source, reader.place(7)) == [text(i) for i in range(7, 20)]
 
 
+def test_half_a_character_is_a_bad_row(tmp_path) -> None:
+    """JSON writes characters beyond 16 bits as two escapes; text that was cut between them cannot be tokenised."""
+    texts = write_jsonl(
+        tmp_path / "a.jsonl", ['{"text": "cut \\ud83d"}', {"text": "whole 🙂"}, '{"text": "escaped \\ud83d\\ude42"}']
+    )
+    broken = Bad("half of a surrogate pair, which is no character")
+    assert rows(Source(path=texts)) == [broken, "whole 🙂", "escaped 🙂"]
+    said = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\ude42"}]}'
+    chats = write_jsonl(tmp_path / "b.jsonl", [said, {"messages": chat(0)}])
+    assert rows(Source(path=chats)) == [broken, tuple(chat(0))]
+
+
 def test_bad_rows_do_not_stop_the_reading(tmp_path) -> None:
     good = {"messages": chat(0)}
     lines = [
