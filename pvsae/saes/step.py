@@ -26,11 +26,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pvsae.saes import kernels
-from pvsae.saes.kernels import Sparse
+from pvsae.saes.kernels import Sparse, screen
 from pvsae.saes.parallel import ALONE, Group
 
-GUESS_MARGIN = 0.95  # survivors of 0.95 x the last threshold: about 1.4 times as many as are kept
+GUESS_CHANGES = 4.0  # how many of its usual changes a threshold may fall before the guess fails, which costs a second product
 MOST_DEAD = 4  # dead latents that are worked on in one step, in multiples of aux_k
+MOST_SCREENED = 4.0  # pairs that pass the int8 screen for each one that is kept; with more of them it does not pay
+SCREEN_REST = 200  # steps without the screen then
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Learner:
         Args:
             d_model, d_sae: width of the residual, number of latents.
             center: where b_dec starts, e.g. the geometric median of some activations; 0 by default.
-            product_dtype: dtype of the encoder's product; None is bf16 where the device has matrix units for it, else fp32.
+            product_dtype: of the encoder's product; None is the device's fastest (kernels.product_dtype). With fp32 everything is
+                fp32; with less, rows that sums are taken of are read as bf16 on a CPU; weights, sums and Adam are always fp32.
             group: the processes that a batch is shared with.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -127,6 +130,8 @@ class Learner:
         self.silent_for = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens since a latent was last kept
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
         self.guess: float | None = None  # the last step's smallest kept activation
+        self.change = 0.02  # running mean of its relative change from step to step
+        self.rest = 0  # steps that the int8 screen still rests for
         self.threshold_mean, self.threshold_weight = 0.0, 0.0
         self.kernels = kernels.of(self.W_enc.device, config.kernels)
         self.product_dtype = kernels.product_dtype(self.W_enc.device) if product_dtype is None else product_dtype
@@ -172,12 +177,14 @@ class Learner:
         Whatever threshold is guessed first, the result is the same: too few survivors, and the guess is lowered.
         """
         n_keep = round(k * len(x) * self.group.size)
-        centred = (x - self.b_dec).to(self.product_dtype)
-        weight = self.W_enc.to(self.product_dtype)
-        low = self._estimate(centred, weight, k) if self.guess is None else GUESS_MARGIN * self.guess
+        dtype = torch.float32 if self.product_dtype is torch.int8 else self.product_dtype
+        centred, weight = (x - self.b_dec).to(dtype), self.W_enc.to(dtype)
+        low = self._estimate(centred, weight, k) if self.guess is None else self.guess * max(0.8, 1 - GUESS_CHANGES * self.change)
         while True:
-            index, value = self.kernels.survivors(centred, weight, self.b_enc, low)
-            found = int(self.group.sum_scalars([len(value)])[0])
+            index, value, n_screened = self._survivors(centred, weight, low)
+            found, screened = map(int, self.group.sum_scalars([len(value), n_screened]))
+            if screened > MOST_SCREENED * max(found, n_keep):
+                self.rest = SCREEN_REST
             if found >= n_keep or low <= 0:
                 break
             estimate = self._estimate(centred, weight, k)
@@ -187,8 +194,17 @@ class Learner:
             empty = torch.zeros(0, dtype=torch.int64, device=x.device)
             return Sparse(empty, empty, torch.zeros(0, device=x.device)), 0.0
         threshold, n_ties = self.group.largest(value, min(n_keep, found))
+        if self.guess:
+            self.change += 0.1 * (abs(threshold / self.guess - 1) - self.change)
         self.guess = threshold
         return kernels.keep_largest(index, value, threshold, n_ties, self.d_sae), threshold
+
+    def _survivors(self, centred: Tensor, weight: Tensor, low: float) -> tuple[Tensor, Tensor, int]:
+        """Pre-activations above `low`, screened in int8 first where that is worth it, and how many passed the screen."""
+        if self.product_dtype is torch.int8 and low > 0 and not self.rest:
+            return screen.survivors(centred, weight, self.b_enc, low)
+        self.rest = max(0, self.rest - 1)
+        return *self.kernels.survivors(centred, weight, self.b_enc, low), 0
 
     def _estimate(self, centred: Tensor, weight: Tensor, k: float) -> float:
         """A threshold that somewhat more than k pre-activations a token pass, from a few tokens."""
@@ -207,7 +223,7 @@ class Learner:
         distance from the mean, dead-latent loss."""
         scale = 2 / (len(x) * self.group.size)
         centred = x - self.b_dec
-        error = self.kernels.decode(kept, self.W_dec, len(x)).sub_(centred)
+        error = self.kernels.decode(kept, self._read(self.W_dec), len(x)).sub_(centred)
         total = x.sum(0)
         self.group.sum_((total,))
         squared, variance = float(error.pow(2).sum()), float((x - total * (scale / 2)).pow(2).sum())
@@ -216,8 +232,8 @@ class Learner:
         at = self.kernels.by_latent(kept, self.d_sae)
         b_enc = torch.bincount(kept.latent, of_value, minlength=self.d_sae).float()
         out = Gradients(
-            W_enc=self.kernels.weight_grads(at, of_value, centred),
-            W_dec=self.kernels.weight_grads(at, kept.value, grad),
+            W_enc=self.kernels.weight_grads(at, of_value, self._read(centred)),
+            W_dec=self.kernels.weight_grads(at, kept.value, self._read(grad)),
             b_enc=b_enc,
             b_dec=grad.sum(0) - b_enc @ self.W_enc,
         )
@@ -229,12 +245,26 @@ class Learner:
         out.W_dec.addcmul_(along[:, None], self.W_dec, value=-1)
         return out, (squared, variance, aux)
 
+    def _read(self, rows: Tensor) -> Tensor:
+        """Rows as they are read for sums of them: those take as long as reading takes."""
+        return rows.bfloat16() if rows.device.type == "cpu" and self.product_dtype is not torch.float32 else rows
+
     def _add_dead(self, to: Gradients, along: Tensor, x: Tensor, error: Tensor, dead: Tensor, scale: float) -> float:
         """Adds the gradients of the dead-latent loss: the mean squared norm of what dead latents do not explain of the error that
-        the live ones left. It reaches the dead latents alone, so its cost goes with their number."""
+        the live ones left. It reaches the dead latents alone.
+
+        Each token has aux_k of them; with n times as many dead, one token in n is taken, others in each step, so that the cost
+        stays that of aux_k latents and all tokens.
+        """
         aux_k = self.config.aux_k or self.W_dec.shape[1] // 2
+        tokens = len(x) * self.group.size
+        turn = int(self.silent_for[dead[0]]) // tokens  # one more in each step
+        every = min(MOST_DEAD, math.ceil(len(dead) / aux_k))
+        first = (turn - self.group.rank * len(x)) % every
+        x, error = x[first::every], error[first::every]
+        share = tokens / len(range(turn % every, tokens, every))
         if len(dead) > MOST_DEAD * aux_k:  # a few of them, others in each step
-            generator = torch.Generator().manual_seed(int(self.silent_for[dead[0]]))
+            generator = torch.Generator().manual_seed(turn)
             dead = dead[torch.randperm(len(dead), generator=generator)[: MOST_DEAD * aux_k].to(dead.device)]
         encoder, decoder, bias = self.W_enc[dead], self.W_dec[dead], self.b_enc[dead]
         of_encoder, of_decoder = torch.zeros_like(encoder), torch.zeros_like(decoder)
@@ -247,7 +277,7 @@ class Learner:
             acts *= acts > low
             missed = acts @ decoder + left  # what is wanted is -error
             loss += float(missed.pow(2).sum())
-            missed *= scale * self.config.aux_coef
+            missed *= scale * share * self.config.aux_coef
             of_acts = (missed @ decoder.T) * (acts > 0)
             of_decoder.addmm_(acts.T, missed)
             of_encoder.addmm_(of_acts.T, part)
@@ -256,7 +286,7 @@ class Learner:
         to.W_dec.index_add_(0, dead, of_decoder)
         to.b_enc.index_add_(0, dead, of_bias)
         along.index_add_(0, dead, (of_decoder * decoder).sum(1))
-        return loss
+        return loss * share
 
     def _aux_threshold(self, centred: Tensor, encoder: Tensor, bias: Tensor, aux_k: int) -> float:
         """A threshold that about aux_k dead latents a token pass, from a few tokens."""
@@ -283,7 +313,8 @@ class Learner:
         """Everything that the next steps depend on; tensors are those in use, not copies."""
         return {
             "parameters": self.parameters(), "optimiser": self.optimiser.state_dict(), "silent_for": self.silent_for,
-            "guess": self.guess, "threshold_mean": self.threshold_mean, "threshold_weight": self.threshold_weight,
+            "guess": self.guess, "change": self.change, "rest": self.rest,
+            "threshold_mean": self.threshold_mean, "threshold_weight": self.threshold_weight,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -292,5 +323,5 @@ class Learner:
             parameter.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
         self.silent_for.copy_(state["silent_for"])
-        self.guess = state["guess"]
+        self.guess, self.change, self.rest = state["guess"], state["change"], state["rest"]
         self.threshold_mean, self.threshold_weight = state["threshold_mean"], state["threshold_weight"]

@@ -343,12 +343,12 @@ def calibrated_threshold(learner: Learner, x: Float[Tensor, "n d_model"], k: flo
 
     The running mean of the smallest kept activation lags behind the weights, and is noisy with small batches; this is exact.
     """
-    guess, group = learner.guess, learner.group
+    kept = learner.group, learner.guess, learner.change, learner.rest
     learner.group, learner.guess = ALONE, None
     try:
         _, smallest = learner.select(x, k)
     finally:
-        learner.group, learner.guess = group, guess
+        learner.group, learner.guess, learner.change, learner.rest = kept
     # The smallest is to pass too, and what passes is above the threshold.
     return float(torch.nextafter(torch.tensor(smallest), torch.tensor(0.0)))
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from pvsae.errors import UserError
-from pvsae.saes.kernels import eager
+from pvsae.saes.kernels import eager, screen
 from pvsae.saes.kernels.eager import BLOCK_ELEMENTS, ByLatent, Sparse, keep_largest, kth_largest
 
 __all__ = ["BLOCK_ELEMENTS", "CHOICES", "ByLatent", "Sparse", "keep_largest", "kth_largest", "of", "product_dtype"]
@@ -37,9 +37,11 @@ def of(device: torch.device, choice: str = "auto") -> ModuleType:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which the encoder's product is the fastest: bf16 where there are matrix units for it, else fp32.
+    """How the encoder's product is the fastest: bf16 where there are matrix units for it, else int8 (screened in int8, exact in
+    fp32, see screen.py) where the CPU multiplies that fast, else fp32.
 
     A CPU with bf16 instructions but without tiles (AMX) converts, and is slower than in fp32.
     """
-    fast = torch.cuda.is_available() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    if torch.cuda.is_available() if device.type == "cuda" else torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.int8 if device.type == "cpu" and screen.available() else torch.float32
