@@ -123,13 +123,16 @@ class Learner:
         generator = torch.Generator().manual_seed(seed)
         rows = torch.nn.functional.normalize(torch.randn(d_sae, d_model, generator=generator), dim=1)
         self.config, self.group = config, group
-        self.W_dec = rows.to(device)
-        self.W_enc = rows.clone().to(device)
+        on_cpu = torch.device(device).type == "cpu"
+        self.W_dec, self.W_enc = ((kernels.large(d_sae, d_model) if on_cpu else rows.clone().to(device)) for _ in range(2))
+        for weight in (self.W_dec, self.W_enc):
+            weight.copy_(rows)
         self.b_enc = torch.zeros(d_sae, device=device)
         self.b_dec = torch.zeros(d_model, device=device) if center is None else center.float().clone().to(device)
         self.silent_for = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens since a latent was last kept
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
         self.guess: float | None = None  # the last step's smallest kept activation
+        self.memory: list[Tensor] = []  # that gradients are written to; new memory costs more than what is done in it
         self.change = 0.02  # running mean of its relative change from step to step
         self.rest = 0  # steps that the int8 screen still rests for
         self.threshold_mean, self.threshold_weight = 0.0, 0.0
@@ -156,7 +159,9 @@ class Learner:
         tokens = len(x) * group.size
         dead = self._dead()
         kept, threshold = self.select(x, k)
-        gradients, sums = self.gradients(x, kept, dead)
+        if not self.memory and x.device.type == "cpu":
+            self.memory = [kernels.large(*self.W_enc.shape) for _ in range(2)]
+        gradients, sums = self.gradients(x, kept, dead, *self.memory)
         group.sum_(gradients.tensors())
         norm = float(torch.stack(torch._foreach_norm(gradients.tensors())).norm())
         self._update(gradients, norm, lr)
@@ -217,7 +222,11 @@ class Learner:
         return (self.silent_for >= self.config.dead_after).nonzero()[:, 0]
 
     def gradients(
-        self, x: Float[Tensor, "batch d_model"], kept: Sparse, dead: Int[Tensor, " n_dead"]
+        self,
+        x: Float[Tensor, "batch d_model"],
+        kept: Sparse,
+        dead: Int[Tensor, " n_dead"],
+        *memory: Float[Tensor, "d_sae d_model"],
     ) -> tuple[Gradients, tuple[float, float, float]]:
         """Gradients of the loss, given what was kept, this process' share; and sums over its tokens: squared error, squared
         distance from the mean, dead-latent loss."""
@@ -232,8 +241,8 @@ class Learner:
         at = self.kernels.by_latent(kept, self.d_sae)
         b_enc = torch.bincount(kept.latent, of_value, minlength=self.d_sae).float()
         out = Gradients(
-            W_enc=self.kernels.weight_grads(at, of_value, self._read(centred)),
-            W_dec=self.kernels.weight_grads(at, kept.value, self._read(grad)),
+            W_enc=self.kernels.weight_grads(at, of_value, self._read(centred), *memory[:1]),
+            W_dec=self.kernels.weight_grads(at, kept.value, self._read(grad), *memory[1:]),
             b_enc=b_enc,
             b_dec=grad.sum(0) - b_enc @ self.W_enc,
         )

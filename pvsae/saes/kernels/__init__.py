@@ -14,9 +14,9 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.saes.kernels import eager, screen
-from pvsae.saes.kernels.eager import BLOCK_ELEMENTS, ByLatent, Sparse, keep_largest, kth_largest
+from pvsae.saes.kernels.eager import BLOCK_ELEMENTS, ByLatent, Sparse, keep_largest, kth_largest, large
 
-__all__ = ["BLOCK_ELEMENTS", "CHOICES", "ByLatent", "Sparse", "keep_largest", "kth_largest", "of", "product_dtype"]
+__all__ = ["BLOCK_ELEMENTS", "CHOICES", "ByLatent", "Sparse", "keep_largest", "kth_largest", "large", "of", "product_dtype"]
 
 CHOICES = ("auto", "eager", "triton")
 

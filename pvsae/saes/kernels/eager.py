@@ -10,6 +10,7 @@ latent, because every one of these products reads whole rows.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**23  # pre-activations computed at a time: 32 MB
+PART_BYTES = 2**22  # of sums made at a time
 
 
 class Sparse(NamedTuple):
@@ -83,11 +85,25 @@ def decode(kept: Sparse, W_dec: Float[Tensor, "d_sae d_model"], batch: int) -> F
 
 
 def _sums(
-    which: Int[Tensor, " n"], weights: Float[Tensor, " n"], rows: Float[Tensor, "n_rows d_model"], start: Int[Tensor, " n_bags_1"]
-) -> Float[Tensor, "n_bags d_model"]:
-    """Weighted sums of rows, a bag each. They are as fast as the rows can be read: half as long takes half the time."""
-    bag = torch.nn.functional.embedding_bag
-    return bag(which, rows, start[:-1], per_sample_weights=weights.to(rows.dtype), mode="sum").float()
+    which: Int[Tensor, " n"], weights: Float[Tensor, " n"], rows: Float[Tensor, "n_rows d_model"], start: Int[Tensor, " n_bags_1"],
+    out: Float[Tensor, "n_bags d_model"] | None = None,
+) -> Float[Tensor, "n_bags d_model"]:  # fmt: skip
+    """Weighted sums of rows, a bag each. They are as fast as the rows can be read: half as long takes half the time.
+
+    They are made some bags at a time: the system hands out large pieces of memory page by page, which takes longer than to fill
+    them, and small ones are used again.
+    """
+    n_bags = len(start) - 1
+    out = torch.empty(n_bags, rows.shape[1], device=rows.device) if out is None else out
+    weights = weights.to(rows.dtype)
+    some = max(1, PART_BYTES // (rows.shape[1] * rows.element_size()))
+    edges = [*start[:-1:some].tolist(), len(which)]
+    for i, first in enumerate(range(0, n_bags, some)):
+        last, pairs = min(first + some, n_bags), slice(edges[i], edges[i + 1])
+        bags = start[first:last] - edges[i]
+        sums = torch.nn.functional.embedding_bag(which[pairs], rows, bags, per_sample_weights=weights[pairs], mode="sum")
+        out[first:last].copy_(sums)
+    return out
 
 
 def value_grads(kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, " n"]:
@@ -117,10 +133,22 @@ def by_latent(kept: Sparse, d_sae: int) -> ByLatent:
 
 
 def weight_grads(
-    at: ByLatent, weights: Float[Tensor, " n"], rows: Float[Tensor, "batch d_model"]
+    at: ByLatent,
+    weights: Float[Tensor, " n"],
+    rows: Float[Tensor, "batch d_model"],
+    out: Float[Tensor, "d_sae d_model"] | None = None,
 ) -> Float[Tensor, "d_sae d_model"]:
-    """Sum over each latent's kept tokens of weight * rows[token]; `weights` are in Sparse's order."""
-    return _sums(at.token, weights[at.order], rows, at.start)
+    """Sum over each latent's kept tokens of weight * rows[token], into `out` if given; `weights` are in Sparse's order."""
+    return _sums(at.token, weights[at.order], rows, at.start, out)
+
+
+def large(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised memory on the CPU for a matrix whose rows are read in no order: in huge pages where the system has them.
+
+    numpy asks Linux for them, torch does not; with pages of 4 KB every row costs a walk through the page table or two.
+    """
+    size = torch.empty(0, dtype=dtype).element_size() * math.prod(shape)
+    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(*shape)
 
 
 def offsets(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:

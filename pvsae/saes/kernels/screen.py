@@ -36,10 +36,10 @@ WILD = 2.0  # a token is computed in fp32 whose largest element is so many times
 class Found(NamedTuple):
     """Pre-activations above a threshold.
 
-    index: token * d_sae + latent, ascending. value: fp32. n_screened: pairs that passed the screen and were computed for it.
+    flat: token * d_sae + latent, ascending. value: fp32. n_screened: pairs that passed the screen and were computed for it.
     """
 
-    index: Int[Tensor, " n"]
+    flat: Int[Tensor, " n"]
     value: Float[Tensor, " n"]
     n_screened: int
 

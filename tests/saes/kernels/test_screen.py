@@ -41,8 +41,8 @@ def test_the_same_pairs_pass_as_in_fp32(kind: str, f: int) -> None:
     low = float(pre.kthvalue(pre.numel() - 8 * len(x)).values)
     index, value = eager.survivors(x, W, b, low)
     found = screen.survivors(x, W, b, low)
-    ours, theirs = (dict(zip(i.tolist(), v.tolist(), strict=True)) for i, v in ((found.index, found.value), (index, value)))
-    assert found.index.tolist() == sorted(ours)
+    ours, theirs = (dict(zip(i.tolist(), v.tolist(), strict=True)) for i, v in ((found.flat, found.value), (index, value)))
+    assert found.flat.tolist() == sorted(ours)
     for one, other in ((ours, theirs), (theirs, ours)):  # the order of a sum decides at the threshold itself
         assert all(
             v == pytest.approx(other[i], rel=1e-4, abs=1e-4 * low) if i in other else v < low * 1.0001 for i, v in one.items()
@@ -54,7 +54,7 @@ def test_the_margin_is_what_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x = activations("plain")
     W, b = weights(x, 1021)
     monkeypatch.setattr(screen, "SIGMAS", -1.0)
-    assert len(screen.survivors(x, W, b, 2.0).index) < len(eager.survivors(x, W, b, 2.0)[0])
+    assert len(screen.survivors(x, W, b, 2.0).flat) < len(eager.survivors(x, W, b, 2.0)[0])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -65,7 +65,7 @@ def test_numbers_that_are_not_finite_are_not_hidden(bad: float) -> None:
     learner = Learner(96, 64, StepConfig(), product_dtype=torch.int8)
     learner.guess = 0.5
     assert not torch.isfinite(torch.tensor(learner.step(x, 4, 1e-3).loss))
-    assert len(screen.survivors(x, W, b, 0.5).index) > 0
+    assert len(screen.survivors(x, W, b, 0.5).flat) > 0
 
 
 def test_a_step_with_the_screen_is_one_without_it_to_the_precision_of_bf16() -> None:
