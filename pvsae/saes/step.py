@@ -29,7 +29,7 @@ from pvsae.saes import kernels
 from pvsae.saes.kernels import Sparse, screen
 from pvsae.saes.parallel import ALONE, Group
 
-GUESS_CHANGES = 4.0  # how many of its usual changes a threshold may fall before the guess fails, which costs a second product
+GUESS_CHANGES = 3.0  # how many of its usual changes a threshold may fall before the guess fails, which costs a second product
 MOST_DEAD = 4  # dead latents that are worked on in one step, in multiples of aux_k
 MOST_SCREENED = 4.0  # pairs that pass the int8 screen for each one that is kept; with more of them it does not pay
 SCREEN_REST = 200  # steps without the screen then
@@ -233,18 +233,20 @@ class Learner:
         scale = 2 / (len(x) * self.group.size)
         centred = x - self.b_dec
         error = self.kernels.decode(kept, self._read(self.W_dec), len(x)).sub_(centred)
-        total = x.sum(0)
+        total = centred.sum(0)
+        spread = float(torch.linalg.vector_norm(centred)) ** 2
         self.group.sum_((total,))
-        squared, variance = float(error.pow(2).sum()), float((x - total * (scale / 2)).pow(2).sum())
-        grad = error * scale
-        of_value = self.kernels.value_grads(kept, grad, self.W_dec)
+        squared = float(torch.linalg.vector_norm(error)) ** 2
+        variance = spread - float(total.square().sum()) * scale / 2 / self.group.size
+        # G is scale * error; as it enters linearly, the scale may wait for the pairs, which are fewer.
+        of_value = self.kernels.value_grads(kept, error, self.W_dec).mul_(scale)
         at = self.kernels.by_latent(kept, self.d_sae)
         b_enc = torch.bincount(kept.latent, of_value, minlength=self.d_sae).float()
         out = Gradients(
             W_enc=self.kernels.weight_grads(at, of_value, self._read(centred), *memory[:1]),
-            W_dec=self.kernels.weight_grads(at, kept.value, self._read(grad), *memory[1:]),
+            W_dec=self.kernels.weight_grads(at, kept.value * scale, self._read(error), *memory[1:]),
             b_enc=b_enc,
-            b_dec=grad.sum(0) - b_enc @ self.W_enc,
+            b_dec=error.sum(0).mul_(scale) - b_enc @ self.W_enc,
         )
         # <dL/dW_dec[f], W_dec[f]> is a sum over kept pairs too: the dense gradient need not be read for it.
         along = torch.bincount(kept.latent, of_value * kept.value, minlength=self.d_sae).float()

@@ -63,8 +63,15 @@ def where(mask: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
-    """The k-th largest value."""
+    """The k-th largest value. On a CPU numpy finds it several times as fast as torch does."""
+    if values.device.type == "cpu":
+        return float(np.partition(values.detach().numpy(), len(values) - k)[len(values) - k])
     return float(values.kthvalue(len(values) - k + 1).values)
+
+
+def sorted_places(ids: Int[Tensor, " n"], n_ids: int) -> Int[Tensor, " n"]:
+    """Places of the ids in ascending order, equal ones as they come. Short integers are sorted several times as fast."""
+    return ids.to(torch.int16 if n_ids <= 2**15 else torch.int32).sort(stable=True).indices
 
 
 def keep_largest(index: Int[Tensor, " n"], value: Float[Tensor, " n"], threshold: float, n_ties: int, d_sae: int) -> Sparse:
@@ -85,7 +92,7 @@ def decode(kept: Sparse, W_dec: Float[Tensor, "d_sae d_model"], batch: int) -> F
 
 
 def _sums(
-    which: Int[Tensor, " n"], weights: Float[Tensor, " n"], rows: Float[Tensor, "n_rows d_model"], start: Int[Tensor, " n_bags_1"],
+    which: Int[Tensor, " n"], weights: Float[Tensor, " n"], rows: Float[Tensor, "n_rows d_model"], start: Int[Tensor, " n_1"],
     out: Float[Tensor, "n_bags d_model"] | None = None,
 ) -> Float[Tensor, "n_bags d_model"]:  # fmt: skip
     """Weighted sums of rows, a bag each. They are as fast as the rows can be read: half as long takes half the time.
@@ -111,7 +118,7 @@ def value_grads(kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float
     shape = (len(grad), len(W_dec))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that CSR tensors are new, and that nobody checks their indices
-        pattern = torch.sparse_csr_tensor(offsets(kept.token, len(grad)), kept.latent, torch.zeros_like(kept.value), shape)
+        pattern = torch.sparse_csr_tensor(offsets(kept.token, len(grad)), kept.latent, grad.new_zeros(len(kept.latent)), shape)
     return torch.sparse.sampled_addmm(pattern, grad, W_dec.T, beta=0.0).values()
 
 
@@ -128,8 +135,8 @@ class ByLatent(NamedTuple):
 
 def by_latent(kept: Sparse, d_sae: int) -> ByLatent:
     """Sorts the pairs by latent, stably, so that sums over tokens have one order whatever the machine."""
-    latent, order = kept.latent.sort(stable=True)
-    return ByLatent(order, kept.token[order], offsets(latent, d_sae))
+    order = sorted_places(kept.latent, d_sae)
+    return ByLatent(order, kept.token[order], offsets(kept.latent, d_sae))
 
 
 def weight_grads(
@@ -151,7 +158,7 @@ def large(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(*shape)
 
 
-def offsets(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:
-    """Where each of the ids 0 .. n-1 begins in a sorted list of them, and the list's length at the end."""
-    counts = torch.bincount(sorted_ids, minlength=n)
+def offsets(ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:
+    """Where each of the ids 0 .. n-1 begins in the sorted list of them, and the list's length at the end."""
+    counts = torch.bincount(ids, minlength=n)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

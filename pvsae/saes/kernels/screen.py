@@ -8,11 +8,14 @@ int8 several times as fast as in fp32, and its epilogue adds a bias, takes the R
 in the bias, a byte is not 0 where the pair may pass. Those pairs alone are computed in fp32.
 
 Rounding x to steps of s and a latent's weights w to steps of r puts an error on their product whose standard deviation is
-sqrt((s^2 |w|^2 + r^2 |x|^2) / 12). A pair passes the screen up to SIGMAS of them below the threshold, so that a pair that is left
-out by mistake is one in 10^9 of those that lie at the threshold itself.
+sqrt((s^2 |w|^2 + r^2 |x|^2) / 12). A pair passes the screen up to SIGMAS of them below the threshold, so that of the pairs
+that lie at the threshold itself one in 3 million is left out.
 
 To keep both roundings small, dimensions are balanced before: x is divided and W multiplied by sqrt(rms of x / rms of W) of each
 dimension (Xiao et al. 2022, arXiv 2211.10438), and tokens that are far larger than most go through fp32.
+
+oneDNN packs its second operand, slowly, so that is the tokens, which are fewer than the latents. A latent's row then is one of
+the first operand, and its bias, less the threshold, is BIAS more columns of it beside a constant in every token.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ from torch import Tensor
 
 from pvsae.saes.kernels import eager
 
-SIGMAS = 6.0
-ROWS = 512  # tokens a product: their bytes stay in the cache until they have been searched
-WEIGHT_ROWS = 256  # latents that are rounded at a time, for the same reason
+SIGMAS = 5.0
+ROWS = 512  # latents a product: what is made of them stays in the cache until it has been searched
+BIAS = 32  # columns that the bias is spread over
 WILD = 2.0  # a token is computed in fp32 whose largest element is so many times the median token's
 
 
@@ -54,38 +57,73 @@ def survivors(
     x: Float[Tensor, "batch d_model"], W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], low: float
 ) -> Found:
     """Pre-activations x @ W_enc.T + b_enc above `low`, which must be above 0."""
-    d_sae = len(W_enc)
+    batch, d_sae = len(x), len(W_enc)
     balance = _balance(x, W_enc)
+    tokens, step, length, wild = _tokens(x, balance)
+    packed = torch.ops.onednn.qlinear_prepack(tokens, [min(ROWS, d_sae), tokens.shape[1]])
+    ones, zeros = torch.ones(batch), torch.zeros(batch, dtype=torch.int32)
+    rows = torch.empty(min(ROWS, d_sae), tokens.shape[1] - BIAS)
+    latents = torch.empty(len(rows), tokens.shape[1], dtype=torch.uint8)
+    parts = []
+    for start in range(0, d_sae, ROWS):
+        some = slice(start, min(start + ROWS, d_sae))
+        n = some.stop - start
+        _latents(W_enc[some], b_enc[some] - low, balance, step, length, rows[:n], latents[:n])
+        # A sum of 1 is enough to make a byte of 255: only whether it is above 0 matters.
+        passed = torch.ops.onednn.qlinear_pointwise(
+            latents[:n], 1.0, 128, packed, ones, zeros, None, 1 / 256, 0, torch.uint8, "relu", [], ""
+        )
+        if len(wild):
+            passed[:, wild] = (torch.addmm(b_enc[some], x[wild], W_enc[some].T) > low).T.to(torch.uint8)
+        parts.append(_nonzero(passed) + start * batch)
+    pair = torch.cat(parts)
+    latent = torch.div(pair, batch, rounding_mode="floor")
+    value = eager.value_grads(eager.Sparse(latent, pair - latent * batch, pair), W_enc, x) + b_enc[latent]
+    passes = eager.where(value > low)
+    latent = latent[passes]
+    token = pair[passes] - latent * batch
+    order = eager.sorted_places(token, batch)
+    return Found((token * d_sae + latent)[order], value[passes][order], len(pair))
+
+
+def _tokens(
+    x: Float[Tensor, "batch d_model"], balance: Float[Tensor, " d_model"]
+) -> tuple[Int[Tensor, "batch d_model_and_bias"], float, float, Int[Tensor, " n_wild"]]:
+    """Tokens in int8 and the constants beside them, the step they are rounded to, the longest one's length in steps, and which
+    are too large for that."""
     scaled = x / balance
     size = torch.maximum(scaled.amax(1), scaled.amin(1).neg_())
     limit = min(float(size.max()), WILD * float(size.median()))
     tame = size <= limit
     wild = (~tame).nonzero()[:, 0]
     step = max(limit, 1e-20) / 127
-    longest = float(torch.linalg.vector_norm(scaled[tame] if len(wild) else scaled, dim=1).max()) if len(wild) < len(x) else 0.0
-    tokens = scaled.mul_(1 / step).round_().add_(128).clamp_(0, 255).to(torch.uint8)
+    scaled.mul_(1 / step)
+    length = float((torch.linalg.vector_norm(scaled, dim=1) * tame).nan_to_num(0.0).max())
+    out = torch.full((len(x), x.shape[1] + BIAS), 127, dtype=torch.int8)
+    out[:, : x.shape[1]] = scaled.round_().clamp_(-127, 127)
+    return out, step, length, wild
 
-    weights, steps, norms = _rounded(W_enc, balance)
-    off = ((step * norms).square_() + (steps * longest).square_()).mul_(1 / 12).sqrt_()
-    unit = low * 1e-3  # of the bytes written, which count nothing: they saturate at once
-    bias = (b_enc - low + unit / 2).addcmul_(off, torch.tensor(SIGMAS))
-    packed = torch.ops.onednn.qlinear_prepack(weights, [min(ROWS, len(x)), x.shape[1]])
-    zeros = torch.zeros(d_sae, dtype=torch.int32)
-    parts = []
-    for start in range(0, len(x), ROWS):
-        passed = torch.ops.onednn.qlinear_pointwise(
-            tokens[start : start + ROWS], step, 128, packed, steps, zeros, bias, unit, 0, torch.uint8, "relu", [], ""
-        )
-        for token in wild[(wild >= start) & (wild < start + ROWS)].tolist():
-            passed[token - start] = torch.addmv(b_enc, W_enc, x[token]) > low
-        parts.append(_nonzero(passed) + start * d_sae)
-    index = torch.cat(parts)
-    token = torch.div(index, d_sae, rounding_mode="floor")
-    latent = index - token * d_sae
-    pairs = eager.Sparse(token, latent, torch.zeros(len(index)))
-    value = eager.value_grads(pairs, x, W_enc) + b_enc[latent]
-    passes = eager.where(value > low)
-    return Found(index[passes], value[passes], len(index))
+
+def _latents(
+    W: Float[Tensor, "n d_model"], bias: Float[Tensor, " n"], balance: Float[Tensor, " d_model"], step: float, length: float,
+    rows: Float[Tensor, "n d_model"], out: UInt8[Tensor, "n d_model_and_bias"],
+) -> None:  # fmt: skip
+    """Some latents in int8 (plus 128) and, spread over the columns behind them, their bias and the margin for all roundings.
+
+    Everything in a row is in its own steps times the tokens', so that a row's sums mean what they say but for a factor.
+    """
+    d = W.shape[1]
+    torch.mul(W, balance, out=rows)
+    size = torch.maximum(rows.amax(1), rows.amin(1).neg_()).div_(127)
+    # A bias that is too large for the columns makes the row's steps larger; one that is too small may be as it is cut off.
+    size = torch.maximum(size, bias / (0.9 * BIAS * 127 * 127 * step)).clamp_min_(1e-20)
+    rows.div_(size[:, None])
+    margin = (torch.linalg.vector_norm(rows, dim=1).square_() + length**2).div_(12).sqrt_().mul_(SIGMAS)
+    units = (bias / (size * step)).add_(margin).div_(127).ceil_().clamp_(-127 * BIAS, 127 * BIAS)
+    out[:, :d] = rows.round_().add_(128)
+    each = torch.div(units, BIAS, rounding_mode="floor")
+    more = (units - BIAS * each)[:, None] > torch.arange(BIAS)
+    out[:, d:] = (each[:, None] + more).add_(128)
 
 
 def _balance(x: Float[Tensor, "batch d_model"], W: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, " d_model"]:
@@ -95,25 +133,7 @@ def _balance(x: Float[Tensor, "batch d_model"], W: Float[Tensor, "d_sae d_model"
     return (of_x / of_w).sqrt_()
 
 
-def _rounded(
-    W: Float[Tensor, "d_sae d_model"], balance: Float[Tensor, " d_model"]
-) -> tuple[Int[Tensor, "d_sae d_model"], Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-    """Balanced weights in int8, the step that each row is rounded to, and the rows' norms before rounding."""
-    out = torch.empty(W.shape, dtype=torch.int8)
-    steps, norms = torch.empty(len(W)), torch.empty(len(W))
-    buffer = torch.empty(min(WEIGHT_ROWS, len(W)), W.shape[1])
-    for start in range(0, len(W), WEIGHT_ROWS):
-        part = W[start : start + WEIGHT_ROWS]
-        rows, here = buffer[: len(part)], slice(start, start + len(part))
-        torch.mul(part, balance, out=rows)
-        torch.linalg.vector_norm(rows, dim=1, out=norms[here])
-        torch.maximum(rows.amax(1), rows.amin(1).neg_(), out=steps[here]).clamp_min_(1e-20).mul_(1 / 127)
-        rows.div_(steps[here, None]).round_()
-        out[here].copy_(rows)
-    return out, steps, norms
-
-
-def _nonzero(flags: UInt8[Tensor, "rows d_sae"]) -> Int[Tensor, " n"]:
+def _nonzero(flags: UInt8[Tensor, "rows batch"]) -> Int[Tensor, " n"]:
     """Flat indices of the bytes that are not 0, eight at a time: few are."""
     flat = flags.view(-1).numpy()
     whole = len(flat) // 8 * 8
