@@ -63,7 +63,7 @@ def survivors(
     packed = torch.ops.onednn.qlinear_prepack(tokens, [min(ROWS, d_sae), tokens.shape[1]])
     ones, zeros = torch.ones(batch), torch.zeros(batch, dtype=torch.int32)
     rows = torch.empty(min(ROWS, d_sae), tokens.shape[1] - BIAS)
-    latents = torch.empty(len(rows), tokens.shape[1], dtype=torch.uint8)
+    latents = torch.empty(len(rows), tokens.shape[1], dtype=torch.int8)
     parts = []
     for start in range(0, d_sae, ROWS):
         some = slice(start, min(start + ROWS, d_sae))
@@ -71,7 +71,7 @@ def survivors(
         _latents(W_enc[some], b_enc[some] - low, balance, step, length, rows[:n], latents[:n])
         # A sum of 1 is enough to make a byte of 255: only whether it is above 0 matters.
         passed = torch.ops.onednn.qlinear_pointwise(
-            latents[:n], 1.0, 128, packed, ones, zeros, None, 1 / 256, 0, torch.uint8, "relu", [], ""
+            latents[:n].view(torch.uint8), 1.0, 128, packed, ones, zeros, None, 1 / 256, 0, torch.uint8, "relu", [], ""
         )
         if len(wild):
             passed[:, wild] = (torch.addmm(b_enc[some], x[wild], W_enc[some].T) > low).T.to(torch.uint8)
@@ -106,9 +106,10 @@ def _tokens(
 
 def _latents(
     W: Float[Tensor, "n d_model"], bias: Float[Tensor, " n"], balance: Float[Tensor, " d_model"], step: float, length: float,
-    rows: Float[Tensor, "n d_model"], out: UInt8[Tensor, "n d_model_and_bias"],
+    rows: Float[Tensor, "n d_model"], out: Int[Tensor, "n d_model_and_bias"],
 ) -> None:  # fmt: skip
-    """Some latents in int8 (plus 128) and, spread over the columns behind them, their bias and the margin for all roundings.
+    """Some latents in int8 (plus 128, read as unsigned), and behind them, spread over columns, their bias and the margin for all
+    roundings.
 
     Everything in a row is in its own steps times the tokens', so that a row's sums mean what they say but for a factor.
     """
@@ -117,13 +118,13 @@ def _latents(
     size = torch.maximum(rows.amax(1), rows.amin(1).neg_()).div_(127)
     # A bias that is too large for the columns makes the row's steps larger; one that is too small may be as it is cut off.
     size = torch.maximum(size, bias / (0.9 * BIAS * 127 * 127 * step)).clamp_min_(1e-20)
-    rows.div_(size[:, None])
-    margin = (torch.linalg.vector_norm(rows, dim=1).square_() + length**2).div_(12).sqrt_().mul_(SIGMAS)
+    margin = torch.linalg.vector_norm(rows, dim=1).div_(size).square_().add_(length**2).div_(12).sqrt_().mul_(SIGMAS)
     units = (bias / (size * step)).add_(margin).div_(127).ceil_().clamp_(-127 * BIAS, 127 * BIAS)
-    out[:, :d] = rows.round_().add_(128)
+    out[:, :d] = rows.mul_(size.reciprocal_()[:, None]).round_()
     each = torch.div(units, BIAS, rounding_mode="floor")
     more = (units - BIAS * each)[:, None] > torch.arange(BIAS)
-    out[:, d:] = (each[:, None] + more).add_(128)
+    out[:, d:] = each[:, None] + more
+    out.view(torch.uint8).bitwise_xor_(128)
 
 
 def _balance(x: Float[Tensor, "batch d_model"], W: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, " d_model"]:
@@ -135,12 +136,12 @@ def _balance(x: Float[Tensor, "batch d_model"], W: Float[Tensor, "d_sae d_model"
 
 def _nonzero(flags: UInt8[Tensor, "rows batch"]) -> Int[Tensor, " n"]:
     """Flat indices of the bytes that are not 0, eight at a time: few are."""
-    flat = flags.view(-1).numpy()
+    flat = flags.view(-1)
     whole = len(flat) // 8 * 8
-    words = flat[:whole].view(np.uint64)
-    some = np.flatnonzero(words != 0)
-    inside = np.flatnonzero(words[some].view(np.uint8) != 0)
-    found = some[inside // 8] * 8 + inside % 8
+    words = flat[:whole].view(torch.int64)
+    some = np.flatnonzero((words != 0).numpy())
+    inside = np.flatnonzero(words.numpy()[some].view(np.uint8) != 0)
+    found = some[inside >> 3] * 8 + (inside & 7)
     if whole < len(flat):
-        found = np.concatenate([found, whole + np.flatnonzero(flat[whole:])])
+        found = np.concatenate([found, whole + np.flatnonzero(flat[whole:].numpy())])
     return torch.from_numpy(found)
