@@ -9,15 +9,17 @@ latents alone, so its cost goes with their number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pvsae.saes import kernels
 from pvsae.saes.gradients import Gradients
 from pvsae.saes.grid import Grid
+from pvsae.saes.later import read_later
 from pvsae.saes.parallel import Group
 
 MOST_DEAD = 4  # dead latents that are worked on in one step, in multiples of aux_k
@@ -27,7 +29,8 @@ FEW_TOKENS = 32  # tokens of the joint batch on which the dead latents' threshol
 class Dead(NamedTuple):
     """Dead latents.
 
-    rows: those of this process' latents that the step works on. chosen: as many over all shards. total: dead over all shards.
+    rows: those of this process' latents that the step works on. chosen: how many they are over all shards. total: all that are
+    dead, over all shards.
     """
 
     rows: Int[Tensor, " n"]
@@ -35,24 +38,43 @@ class Dead(NamedTuple):
     total: int
 
 
-def find(silent_for: Int[Tensor, " d_sae"], dead_after: int, most: int, width: Group) -> Dead:
-    """The latents that were silent for `dead_after` tokens; where they are more than `most`, others of them in each step.
+def find_later(silent_for: Int[Tensor, " d_sae"], dead_after: int, most: int, width: Group) -> Callable[[], Dead]:
+    """Looks for latents that were silent for `dead_after` tokens; where they are more than `most`, others of them in each step.
 
     Args:
-        silent_for: tokens since each of this process' latents was last kept.
+        silent_for: tokens since each of this process' latents was last kept; it must not change before the answer is taken.
         width: the processes that have the other latents.
+
+    Returns: what gives the answer. The host should take it after it has queued, or waited for, something else: until then it does
+        not know how many there are.
     """
-    dead = (silent_for >= dead_after).nonzero()[:, 0]
-    oldest = silent_for[dead[:1]].sum()
-    status = width.stack(torch.stack([oldest.new_full((), len(dead)), oldest])).tolist()
-    counts = [count for count, _ in status]
-    total, before = sum(counts), sum(counts[: width.rank])
-    if total <= most:
-        return Dead(dead, total, total)
-    seed = next(silence for count, silence in status if count)  # of the first dead latent: another one in each step
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:most] - before
-    mine = chosen[(chosen >= 0) & (chosen < len(dead))]
-    return Dead(dead[mine.to(dead.device)], most, total)
+    dead = silent_for >= dead_after
+    first = dead.to(torch.uint8).argmax()
+    read = read_later(width.stack(torch.stack([dead.sum(), silent_for.gather(0, first[None])[0]])))
+
+    def found() -> Dead:
+        status = read()
+        counts = [count for count, _ in status]
+        total, before = sum(counts), sum(counts[: width.rank])
+        rows = _places(dead, counts[width.rank])
+        if total <= most:
+            return Dead(rows, total, total)
+        seed = next(silence for count, silence in status if count)  # of the first dead latent: another one in each step
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:most] - before
+        mine = chosen[(chosen >= 0) & (chosen < len(rows))]
+        if rows.is_cuda:
+            mine = mine.pin_memory().to(rows.device, non_blocking=True)
+        return Dead(rows[mine], most, total)
+
+    return found
+
+
+def _places(mask: Bool[Tensor, " size"], n: int) -> Int[Tensor, " n"]:
+    """Where a mask is True, ascending, if it is known that there are n such places: `nonzero` would wait for the device."""
+    if n == 0:
+        return torch.zeros(0, dtype=torch.int64, device=mask.device)
+    place = torch.arange(len(mask), device=mask.device)
+    return place.new_empty(n + 1).scatter_(0, (mask.cumsum(0) - 1).masked_fill_(~mask, n), place)[:n]
 
 
 def add_gradients(
@@ -111,12 +133,12 @@ def threshold(
     bias: Float[Tensor, " n_dead"],
     aux_k: int,
     grid: Grid,
-) -> float | Float[Tensor, ""]:
+) -> Float[Tensor, ""]:
     """A threshold that about aux_k dead latents a token pass, from a few tokens: the same ones of the joint batch however many
     processes share it."""
     step = max(1, len(centred) * grid.data.size // FEW_TOKENS)
     few = centred[-grid.data.rank * len(centred) % step :: step]
     acts = torch.addmm(bias, few, encoder.T).relu_().flatten()
     if grid.everyone.size == 1:
-        return kernels.kth_largest(acts, aux_k * len(few))
+        return acts.kthvalue(len(acts) - aux_k * len(few) + 1).values
     return grid.kth_largest(acts, aux_k * -(-len(centred) * grid.data.size // step))

@@ -80,6 +80,12 @@ class Grid:
         start = self.data.rank * batch * d_sae * self.width.size + self.width.rank * d_sae
         return index + token * (d_sae * (self.width.size - 1)) + start
 
+    def here(self, places: Int[Tensor, " n"], batch: int, d_sae: int) -> Int[Tensor, " n"]:
+        """The inverse of `places`, for those that are this process' own."""
+        token = torch.div(places, d_sae * self.width.size, rounding_mode="floor")
+        start = self.data.rank * batch * d_sae + self.width.rank * d_sae
+        return places - token * (d_sae * (self.width.size - 1)) - start
+
     def place_bits(self, batch: int, d_sae: int) -> int:
         """Bits of the largest of the joint places."""
         return (self.everyone.size * batch * d_sae - 1).bit_length()
@@ -129,7 +135,7 @@ def kth_smallest(keys: Int[Tensor, " n"], k: int | Int[Tensor, ""], bits: int, g
         group.sum_((counts,))
         upto = counts.cumsum(0)
         digit = (upto < rank).sum()
-        rank = rank - torch.where(upto < rank, counts, 0).sum()
+        rank = rank - (counts * (upto < rank)).sum()
         found = found | (digit << shift)
     return found, rank
 

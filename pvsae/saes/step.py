@@ -1,8 +1,9 @@
 """One optimiser step of a BatchTopK dictionary: sparse but for the encoder's product.
 
 Knows: parameters, the loss and its gradients, Adam, unit decoder rows, the running threshold.
-Does not know: where activations come from, schedules, checkpoints on disk, how the kernels work (kernels/), how the dead-latent
-loss does (dead.py), or how processes find the largest of all their activations (grid.py).
+Does not know: where activations come from, schedules, checkpoints on disk, how the kernels work (kernels/), what a GPU does in
+another way (fused.py), how the dead-latent loss works (dead.py), or how processes find the largest of all their activations
+(grid.py).
 
 The method: BatchTopK (Bussmann, Leask & Nanda 2024, arXiv 2412.06410) keeps the k * B largest pre-activations of a batch of B
 tokens. The dead-latent loss (Gao et al. 2024, arXiv 2406.04093) lets latents that have been silent for long reconstruct what the
@@ -22,7 +23,9 @@ latents, gradients over those of tokens, and what is left is local.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +33,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pvsae.saes import dead, kernels
+from pvsae.saes.fused import Fused
 from pvsae.saes.gradients import Gradients
 from pvsae.saes.grid import SINGLE, Grid
 from pvsae.saes.initial import unit_rows
 from pvsae.saes.kernels import Sparse
+from pvsae.saes.later import read_later
 
 GUESS_MARGIN = 0.95  # survivors of 0.95 x the last threshold: about 1.4 times as many as are kept
 
@@ -117,9 +122,12 @@ class Learner:
         self.b_dec = torch.zeros(d_model, device=device) if center is None else center.float().clone().to(device)
         self.silent_for = torch.zeros(n, dtype=torch.int64, device=device)  # tokens since a latent was last kept
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-        self.guess: float | None = None  # the last step's smallest kept activation
-        self.threshold_mean, self.threshold_weight = 0.0, 0.0
+        # The last step's smallest kept activation, and the mean of all: on the device where a step leaves them there.
+        self.guess: float | Tensor | None = None
+        self.threshold_mean: float | Tensor = 0.0
+        self.threshold_weight = 0.0
         self.kernels = kernels.of(self.W_enc.device, config.kernels)
+        self.fused = Fused(self) if hasattr(self.kernels, "adam_") else None
         self.product_dtype = kernels.product_dtype(self.W_enc.device) if product_dtype is None else product_dtype
 
     def parameters(self) -> list[Tensor]:
@@ -138,31 +146,35 @@ class Learner:
     @property
     def threshold(self) -> float:
         """Bias-corrected running mean of the smallest kept activation; 0 before the first step."""
-        return self.threshold_mean / self.threshold_weight if self.threshold_weight else 0.0
+        return float(self.threshold_mean) / self.threshold_weight if self.threshold_weight else 0.0
 
     def step(self, x: Float[Tensor, "batch d_model"], k: float, lr: float) -> StepStats:
         """One step on a batch of tokens (this process' share of it), keeping k activations a token."""
+        return self.begin(x, k, lr)()
+
+    def begin(self, x: Float[Tensor, "batch d_model"], k: float, lr: float) -> Callable[[], StepStats]:
+        """As `step`, but on a GPU the work is only queued: what is returned gives the statistics, and waits for them."""
         x = x.float()
         grid, config = self.grid, self.config
         tokens = len(x) * grid.data.size
-        dying = dead.find(self.silent_for, config.dead_after, dead.MOST_DEAD * self.aux_k, grid.width)
-        kept, threshold = self.select(x, k)
+        find = dead.find_later(self.silent_for, config.dead_after, dead.MOST_DEAD * self.aux_k, grid.width)
+        kept, threshold = self.fused.select(x, k, GUESS_MARGIN) if self.fused else self.select(x, k)
+        dying = find()
         gradients, sums = self.gradients(x, kept, dying)
         gradients.sum_(grid)
-        norm = float(gradients.norm(grid))
-        self._update(gradients, norm, lr)
+        norm = gradients.norm(grid)
+        self.fused.update(gradients, norm, lr) if self.fused else self._update(gradients, float(norm), lr)
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device).index_fill_(0, kept.latent, True)
         self.silent_for.add_(tokens).masked_fill_(grid.data.any_(fired), 0)
         decay = config.threshold_decay
-        self.threshold_mean = decay * self.threshold_mean + (1 - decay) * threshold
+        smallest = threshold.double() if isinstance(threshold, Tensor) else threshold
+        self.threshold_mean = decay * self.threshold_mean + (1 - decay) * smallest
         self.threshold_weight = decay * self.threshold_weight + (1 - decay)
-        # The processes of a row have the same sums over their tokens.
-        mine = sums.tolist() if grid.width.rank == 0 else [0.0] * len(sums)
-        error, variance, aux, n_kept = grid.everyone.sum_scalars((*mine, float(len(kept.value))))
-        return StepStats(
-            loss=error / tokens, fvu=error / variance if variance else math.nan, aux_loss=aux / tokens, l0=n_kept / tokens,
-            n_dead=dying.total, threshold=threshold, grad_norm=norm,
-        )  # fmt: skip
+        # The processes of a row have the same sums over their tokens, and each of them other pairs.
+        joint = torch.cat([sums if grid.width.rank == 0 else torch.zeros_like(sums), sums.new_full((1,), len(kept.value))])
+        grid.everyone.sum_((joint,))
+        own = torch.stack([sums.new_zeros(()) + smallest, norm.double()])
+        return partial(_stats, read_later(torch.cat([joint, own])), tokens, dying.total)
 
     def select(self, x: Float[Tensor, "batch d_model"], k: float) -> tuple[Sparse, float]:
         """The k * B largest pre-activations above 0 of the joint batch, as far as they are this process', and the smallest kept.
@@ -212,24 +224,19 @@ class Learner:
         squared, variance = error.pow(2).sum(), (x - total * (scale / 2)).pow(2).sum()
         grad = error * scale
         of_value = self.kernels.value_grads(kept, grad, self.W_dec)
-        at = self.kernels.by_latent(kept, self.d_sae)
-        b_enc = torch.bincount(kept.latent, of_value, minlength=self.d_sae).float()
+        W_enc, W_dec, b_enc, along = self.kernels.latent_grads(kept, of_value, grad, centred, self.d_sae)
         direct = grad.sum(0) if grid.width.rank == 0 else torch.zeros_like(self.b_dec)  # once a row
-        out = Gradients(
-            W_enc=self.kernels.weight_grads(at, of_value, centred),
-            W_dec=self.kernels.weight_grads(at, kept.value, grad),
-            b_enc=b_enc,
-            b_dec=direct - b_enc @ self.W_enc,
-        )
-        # <dL/dW_dec[f], W_dec[f]> is a sum over kept pairs too: the dense gradient need not be read for it.
-        along = torch.bincount(kept.latent, of_value * kept.value, minlength=self.d_sae).float()
+        out = Gradients(W_enc, W_dec, b_enc, direct - b_enc @ self.W_enc)
         aux = squared.new_zeros((), dtype=torch.float64)
         if dying.total and self.config.aux_coef:
             aux = dead.add_gradients(
                 out, along, (self.W_enc, self.W_dec, self.b_enc), centred, error, dying,
                 aux_k=self.aux_k, aux_coef=self.config.aux_coef, grid=grid,
             )  # fmt: skip
-        out.W_dec.addcmul_(along[:, None], self.W_dec, value=-1)
+        if self.fused:
+            out.along = along  # Adam's kernel takes it away
+        else:
+            out.W_dec.addcmul_(along[:, None], self.W_dec, value=-1)
         return out, torch.stack([squared.double(), variance.double(), aux])
 
     def _update(self, gradients: Gradients, norm: float, lr: float) -> None:
@@ -250,7 +257,8 @@ class Learner:
         """Everything that the next steps depend on; tensors are those in use, not copies."""
         return {
             "parameters": self.parameters(), "optimiser": self.optimiser.state_dict(), "silent_for": self.silent_for,
-            "guess": self.guess, "threshold_mean": self.threshold_mean, "threshold_weight": self.threshold_weight,
+            "guess": None if self.guess is None else float(self.guess),
+            "threshold_mean": float(self.threshold_mean), "threshold_weight": self.threshold_weight,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -261,3 +269,14 @@ class Learner:
         self.silent_for.copy_(state["silent_for"])
         self.guess = state["guess"]
         self.threshold_mean, self.threshold_weight = state["threshold_mean"], state["threshold_weight"]
+        if self.fused:
+            self.fused.steps = None
+
+
+def _stats(read: Callable[[], list[float]], tokens: int, n_dead: int) -> StepStats:
+    """Statistics of a step from its sums over all tokens, its smallest kept activation and its gradient's norm."""
+    error, variance, aux, n_kept, threshold, norm = read()
+    return StepStats(
+        loss=error / tokens, fvu=error / variance if variance else math.nan, aux_loss=aux / tokens, l0=n_kept / tokens,
+        n_dead=n_dead, threshold=threshold, grad_norm=norm,
+    )  # fmt: skip

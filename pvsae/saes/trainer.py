@@ -43,6 +43,7 @@ _FREE = ("log_every", "checkpoint_every", "width_shards")  # what may change on 
 
 Batch = Mapping[int, Tensor]
 Log = Callable[[dict[str, Any]], None]
+Reading = Callable[[], StepStats]  # see Learner.begin
 
 
 class Stream(Protocol):
@@ -267,12 +268,19 @@ class _Run:
                 unit_scale=True, disable=not (progress and writes),
             ) as bar,
         ):  # fmt: skip
+            before: list[Reading] = []
             for batch in self.stream.batches(config.batch):
                 mine = self._scaled({b: x[first : first + share] for b, x in batch.items()})
-                stats = [self._step(learner, d, mine) for learner, d in zip(self.learners, config.dictionaries, strict=True)]
+                begun = [self._begin(learner, d, mine) for learner, d in zip(self.learners, config.dictionaries, strict=True)]
                 self.done += 1
                 last = self.done == config.steps
-                if self.done % config.log_every == 0 or last:
+                logs, saves = self.done % config.log_every == 0 or last, self.done % config.checkpoint_every == 0 or last
+                # A GPU is still at work on this step, and not to be waited for; the numbers of the one before are here.
+                self._read(before, self.done - 1)
+                if logs or saves or not self.queues:
+                    stats, begun = self._read(begun, self.done), []
+                before = begun
+                if logs:
                     for i, (d, s) in enumerate(zip(config.dictionaries, stats, strict=True)):
                         self.last[i] = {"step": self.done, "tokens": self.done * config.batch, "dictionary": d.name, **asdict(s)}
                         if writes:
@@ -283,7 +291,7 @@ class _Run:
                 bar.update(config.batch)
                 if last:
                     break
-                if self.done % config.checkpoint_every == 0:
+                if saves:
                     self.save()
         if self.done < config.steps:
             raise UserError(
@@ -293,15 +301,25 @@ class _Run:
             )
         self.save()
 
-    def _step(self, learner: Learner, d: DictionaryConfig, batch: Batch) -> StepStats:
+    @property
+    def queues(self) -> bool:
+        """Whether steps are queued on a device that works while the host goes on."""
+        return any(learner.fused for learner in self.learners)
+
+    def _begin(self, learner: Learner, d: DictionaryConfig, batch: Batch) -> Reading:
         k = self.config.k_at(self.done, d.k, d.d_sae)
-        stats = learner.step(batch[d.block], k, d.peak_lr * self.config.lr_share(self.done))
-        if not math.isfinite(stats.loss):
-            raise UserError(
-                f"the loss of {d.name} is {stats.loss} at step {self.done + 1}",
-                "a finite loss",
-                "lower lr, or look for activations that are far too large (outlier_multiple)",
-            )
+        return learner.begin(batch[d.block], k, d.peak_lr * self.config.lr_share(self.done))
+
+    def _read(self, begun: Sequence[Reading], step: int) -> list[StepStats]:
+        """Statistics of a step, counted from 1. UserError if a loss is not finite."""
+        stats = [read() for read in begun]
+        for d, s in zip(self.config.dictionaries, stats, strict=False):
+            if not math.isfinite(s.loss):
+                raise UserError(
+                    f"the loss of {d.name} is {s.loss} at step {step}",
+                    "a finite loss",
+                    "lower lr, or look for activations that are far too large (outlier_multiple)",
+                )
         return stats
 
     def _scaled(self, batch: Batch) -> dict[int, Tensor]:

@@ -31,7 +31,7 @@ def learner(d: int = 24, f: int = 80, **options) -> Learner:
 
 
 def dead_of(made: Learner) -> dying.Dead:
-    return dying.find(made.silent_for, made.config.dead_after, dying.MOST_DEAD * made.aux_k, ALONE)
+    return dying.find_later(made.silent_for, made.config.dead_after, dying.MOST_DEAD * made.aux_k, ALONE)()
 
 
 def dense_selection(made: Learner, x: Tensor, k: float) -> Tensor:

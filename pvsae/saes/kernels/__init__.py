@@ -2,8 +2,9 @@
 
 Knows: which implementation and which dtype of the encoder's product fit a device. Does not know: how any of them works.
 
-Both implementations have `survivors`, `decode`, `value_grads`, `by_latent` and `weight_grads`; `of` gives the module that has
-them. What costs next to nothing (`keep_largest`, `kth_largest`) is the same torch on every device.
+Both implementations have `survivors`, `decode`, `value_grads` and `latent_grads`; `of` gives the module that has them. Triton's
+also has what fused.py needs for a step that leaves every number on the device. What costs next to nothing (`keep_largest`,
+`kth_largest`) is the same torch on every device.
 """
 
 from __future__ import annotations

@@ -117,6 +117,31 @@ def weight_grads(
     return torch.nn.functional.embedding_bag(at.token, rows, at.start[:-1], per_sample_weights=weights[at.order], mode="sum")
 
 
+class LatentGrads(NamedTuple):
+    """Gradients of W_enc, W_dec and b_enc, and along: the component of W_dec's gradient along each row of W_dec, still in it."""
+
+    W_enc: Float[Tensor, "d_sae d_model"]
+    W_dec: Float[Tensor, "d_sae d_model"]
+    b_enc: Float[Tensor, " d_sae"]
+    along: Float[Tensor, " d_sae"]
+
+
+def latent_grads(
+    kept: Sparse,
+    of_value: Float[Tensor, " n"],
+    grad: Float[Tensor, "batch d_model"],
+    x: Float[Tensor, "batch d_model"],
+    d_sae: int,
+) -> LatentGrads:
+    """Gradients of what latents have, given those of the kept values and of the reconstruction; x is the encoder's input."""
+    at = by_latent(kept, d_sae)
+    b_enc = torch.bincount(kept.latent, of_value, minlength=d_sae).float()
+    W_enc, W_dec = weight_grads(at, of_value, x), weight_grads(at, kept.value, grad)
+    # <dL/dW_dec[f], W_dec[f]> is a sum over kept pairs too: the dense gradient need not be read for it.
+    along = torch.bincount(kept.latent, of_value * kept.value, minlength=d_sae).float()
+    return LatentGrads(W_enc, W_dec, b_enc, along)
+
+
 def offsets(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:
     """Where each of the ids 0 .. n-1 begins in a sorted list of them, and the list's length at the end."""
     counts = torch.bincount(sorted_ids, minlength=n)
