@@ -35,27 +35,40 @@ class Fused:
         self._copy: Tensor | None = None  # of W_enc in the product's dtype
         self._copied = -1  # the version of W_enc that it was made of
 
-    def select(self, x: Float[Tensor, "batch d_model"], k: float, slack: float) -> tuple[Sparse, float | Tensor]:
-        """As Learner.select; the smallest kept value may stay on the device."""
+    def select(self, x: Float[Tensor, "batch d_model"], k: float, changes: float) -> tuple[Sparse, float | Tensor]:
+        """As Learner.select; the smallest kept value may stay on the device.
+
+        Args:
+            changes: how many of its usual changes the threshold may fall before the guess fails.
+        """
         it, grid = self.learner, self.learner.grid
-        n_keep, guess = round(k * len(x) * grid.data.size), it.guess
-        centred = (x - it.b_dec).to(it.product_dtype)
-        if grid.everyone.size == 1:
-            kept, it.guess = triton.encode_select(centred, self._weight(), it.b_enc, n_keep, guess, slack=slack, room=ROOM)
-            return kept, it.guess
-        if guess is not None and n_keep:
+        n_keep, n_all = round(k * len(x) * grid.data.size), grid.everyone.size
+        weight = self._weight()
+        centred = (x - it.b_dec).to(weight.dtype)
+        low = None if it.guess is None else self._on_device(it.guess) * (1 - changes * self._on_device(it.change)).clamp(min=0.8)
+        if n_all == 1:
+            kept, threshold = triton.encode_select(centred, weight, it.b_enc, n_keep, low, slack=1.0, room=ROOM)
+        else:
             shape = len(x), it.d_sae
-            found = triton.encode_select_joint(
-                centred, self._weight(), it.b_enc, n_keep, torch.as_tensor(guess, device=x.device), slack=slack,
-                sum_=grid.everyone.sum_, places=lambda at: grid.places(at, *shape), here=lambda at: grid.here(at, *shape),
-                n_places=2 ** grid.place_bits(*shape), room=ROOM * -(-n_keep // grid.everyone.size),
+            found = low is not None and n_keep and triton.encode_select_joint(
+                centred, weight, it.b_enc, n_keep, low, sum_=grid.everyone.sum_, places=lambda at: grid.places(at, *shape),
+                here=lambda at: grid.here(at, *shape), n_places=2 ** grid.place_bits(*shape), room=ROOM * -(-n_keep // n_all),
             )  # fmt: skip
-            if found is not None:
-                kept, it.guess = found
-                return kept, it.guess
-        # The first step, and bounds that were no good: numbers go to the host and back.
-        it.guess = None if guess is None else float(guess)
-        return it.select(x, k)
+            if not found:  # in the first step, and where a bound was no good, numbers go to the host and back
+                return it.select(x, k)
+            kept, threshold = found
+        if it.guess is not None:
+            change = (threshold.double() / self._on_device(it.guess) - 1).abs()
+            it.change = it.change + 0.1 * (change.nan_to_num(1.0).clamp(max=1.0) - it.change)
+        it.guess = threshold.double()
+        return kept, threshold
+
+    def _on_device(self, number: float | Tensor) -> Tensor:
+        return (
+            number
+            if isinstance(number, Tensor)
+            else torch.full((), number, dtype=torch.float64, device=self.learner.W_enc.device)
+        )
 
     def update(self, gradients: Gradients, norm: Float[Tensor, ""], lr: float) -> None:
         """Adam with the clipped gradients; what is along the decoder's rows is taken away before, and their norm made 1 after."""
@@ -84,7 +97,7 @@ class Fused:
     def _weight(self) -> Tensor:
         """W_enc in the product's dtype: a copy that Adam's kernel keeps up to date, made anew where others changed W_enc."""
         weight = self.learner.W_enc
-        if weight.dtype == self.learner.product_dtype:
+        if self.learner.product_dtype in (weight.dtype, torch.int8):  # what CPUs screen in int8 is exact in fp32
             return weight
         if self._copy is None or self._copied != weight._version:
             self._copy, self._copied = weight.to(self.learner.product_dtype), weight._version

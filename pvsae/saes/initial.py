@@ -13,16 +13,13 @@ CHUNK = 2**22  # normal variates made at a time: 16 MB
 GROUP = 16  # torch makes normal variates in groups of 16, and the last few of a tensor in a way of their own
 
 
-def unit_rows(
-    d_sae: int, d_model: int, seed: int, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu"
-) -> Float[Tensor, "n d_model"]:
-    """Rows `start` to `stop` of a matrix of d_sae random rows of norm 1, whose every number follows from the seed.
+def unit_rows_(out: Float[Tensor, "n d_model"], d_sae: int, seed: int, start: int = 0) -> None:
+    """Writes the rows from `start` on of a matrix of d_sae random rows of norm 1, whose every number follows from the seed.
 
     It is the matrix that torch.randn would give in one call, made in chunks: of whole groups of variates, so that the next chunk
     goes on where one call would be. No more than a chunk is held beside the rows that are wanted.
     """
-    stop = d_sae if stop is None else stop
-    out = torch.empty(stop - start, d_model, device=device)
+    stop, d_model = start + len(out), out.shape[1]
     generator = torch.Generator().manual_seed(seed)
     rows = max(GROUP, CHUNK // d_model // GROUP * GROUP)
     firsts = [first for first in range(0, d_sae, rows) if first == 0 or (d_sae - first) * d_model >= GROUP]
@@ -33,4 +30,3 @@ def unit_rows(
         wanted = chunk[max(start - first, 0) : max(stop - first, 0)]
         if len(wanted):
             out[max(first - start, 0) :][: len(wanted)] = wanted
-    return out

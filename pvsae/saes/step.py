@@ -36,11 +36,13 @@ from pvsae.saes import dead, kernels
 from pvsae.saes.fused import Fused
 from pvsae.saes.gradients import Gradients
 from pvsae.saes.grid import SINGLE, Grid
-from pvsae.saes.initial import unit_rows
-from pvsae.saes.kernels import Sparse
+from pvsae.saes.initial import unit_rows_
+from pvsae.saes.kernels import Sparse, screen
 from pvsae.saes.later import read_later
 
-GUESS_MARGIN = 0.95  # survivors of 0.95 x the last threshold: about 1.4 times as many as are kept
+GUESS_CHANGES = 3.0  # how many of its usual changes a threshold may fall before the guess fails, which costs a second product
+MOST_SCREENED = 4.0  # pairs that pass the int8 screen for each one that is kept; with more of them it does not pay
+SCREEN_REST = 200  # steps without the screen then
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class StepConfig:
         threshold_decay: decay a step of the running mean of the smallest kept activation.
         betas, eps: Adam's.
         kernels: "eager", "triton", or "auto": Triton's on a GPU.
+        product: how the encoder's product is made: "float32", "bfloat16", "int8" (exact for what may be kept), or "auto": the
+            device's fastest. With float32 everything is fp32, and processes agree with one process up to the order of sums; with
+            less, rows that sums are taken of are read as bf16 on a CPU, and each process rounds its own sums.
     """
 
     aux_coef: float = 1 / 32
@@ -66,6 +71,7 @@ class StepConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     kernels: str = "auto"
+    product: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -111,24 +117,30 @@ class Learner:
         Args:
             d_model, d_sae: width of the residual, number of latents.
             center: where b_dec starts, e.g. the geometric median of some activations; 0 by default.
-            product_dtype: dtype of the encoder's product; None is bf16 where the device has matrix units for it, else fp32.
+            product_dtype: of the encoder's product; None is what the config says.
             grid: the processes that tokens and latents are shared with; this one has an equal run of the d_sae latents.
         """
         self.config, self.grid = config, grid
-        n = d_sae // grid.width.size
-        self.W_dec = unit_rows(d_sae, d_model, seed, grid.width.rank * n, (grid.width.rank + 1) * n, device)
-        self.W_enc = self.W_dec.clone()
+        on_cpu, n = torch.device(device).type == "cpu", d_sae // grid.width.size
+        self.W_dec, self.W_enc = (
+            (kernels.large(n, d_model) if on_cpu else torch.empty(n, d_model, device=device)) for _ in range(2)
+        )
+        unit_rows_(self.W_dec, d_sae, seed, grid.width.rank * n)
+        self.W_enc.copy_(self.W_dec)
         self.b_enc = torch.zeros(n, device=device)
         self.b_dec = torch.zeros(d_model, device=device) if center is None else center.float().clone().to(device)
         self.silent_for = torch.zeros(n, dtype=torch.int64, device=device)  # tokens since a latent was last kept
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-        # The last step's smallest kept activation, and the mean of all: on the device where a step leaves them there.
-        self.guess: float | Tensor | None = None
+        # What is carried from step to step stays on the device where a step leaves it there.
+        self.guess: float | Tensor | None = None  # the last step's smallest kept activation
+        self.memory: list[Tensor] = []  # that gradients are written to; new memory costs more than what is done in it
+        self.change: float | Tensor = 0.02  # running mean of the guess' relative change from step to step
+        self.rest = 0  # steps that the int8 screen still rests for
         self.threshold_mean: float | Tensor = 0.0
         self.threshold_weight = 0.0
         self.kernels = kernels.of(self.W_enc.device, config.kernels)
         self.fused = Fused(self) if hasattr(self.kernels, "adam_") else None
-        self.product_dtype = kernels.product_dtype(self.W_enc.device) if product_dtype is None else product_dtype
+        self.product_dtype = product_dtype or kernels.product_dtype(self.W_enc.device, config.product)
 
     def parameters(self) -> list[Tensor]:
         """W_enc, W_dec, b_enc, b_dec."""
@@ -157,10 +169,12 @@ class Learner:
         x = x.float()
         grid, config = self.grid, self.config
         tokens = len(x) * grid.data.size
-        find = dead.find_later(self.silent_for, config.dead_after, dead.MOST_DEAD * self.aux_k, grid.width)
-        kept, threshold = self.fused.select(x, k, GUESS_MARGIN) if self.fused else self.select(x, k)
+        find = dead.find_later(self.silent_for, config.dead_after, dead.MOST_DEAD * self.aux_k, tokens, grid.width)
+        kept, threshold = self.fused.select(x, k, GUESS_CHANGES) if self.fused else self.select(x, k)
         dying = find()
-        gradients, sums = self.gradients(x, kept, dying)
+        if not self.memory and x.device.type == "cpu" and not self.fused:
+            self.memory = [kernels.large(*self.W_enc.shape) for _ in range(2)]
+        gradients, sums = self.gradients(x, kept, dying, *self.memory)
         gradients.sum_(grid)
         norm = gradients.norm(grid)
         self.fused.update(gradients, norm, lr) if self.fused else self._update(gradients, float(norm), lr)
@@ -182,12 +196,15 @@ class Learner:
         Whatever threshold is guessed first, the result is the same: too few survivors, and the guess is lowered.
         """
         n_keep = round(k * len(x) * self.grid.data.size)
-        centred = (x - self.b_dec).to(self.product_dtype)
-        weight = self.W_enc.to(self.product_dtype)
-        low = self._estimate(centred, weight, k) if self.guess is None else GUESS_MARGIN * self.guess
+        dtype = torch.float32 if self.product_dtype is torch.int8 else self.product_dtype
+        centred, weight = (x - self.b_dec).to(dtype), self.W_enc.to(dtype)
+        guess, change = None if self.guess is None else float(self.guess), float(self.change)
+        low = self._estimate(centred, weight, k) if guess is None else guess * max(0.8, 1 - GUESS_CHANGES * change)
         while True:
-            index, value = self.kernels.survivors(centred, weight, self.b_enc, low)
-            found = int(self.grid.everyone.sum_scalars([len(value)])[0])
+            index, value, n_screened = self._survivors(centred, weight, low)
+            found, screened = map(int, self.grid.everyone.sum_scalars([len(value), n_screened]))
+            if screened > MOST_SCREENED * max(found, n_keep):
+                self.rest = SCREEN_REST
             if found >= n_keep or low <= 0:
                 break
             estimate = self._estimate(centred, weight, k)
@@ -197,8 +214,17 @@ class Learner:
             empty = torch.zeros(0, dtype=torch.int64, device=x.device)
             return Sparse(empty, empty, torch.zeros(0, device=x.device)), 0.0
         threshold, n_ties = self.grid.largest(index, value, min(n_keep, found), len(x), self.d_sae)
+        if guess:
+            self.change = change + 0.1 * (abs(threshold / guess - 1) - change)
         self.guess = threshold
         return kernels.keep_largest(index, value, threshold, n_ties, self.d_sae), threshold
+
+    def _survivors(self, centred: Tensor, weight: Tensor, low: float) -> tuple[Tensor, Tensor, int]:
+        """Pre-activations above `low`, screened in int8 first where that is worth it, and how many passed the screen."""
+        if self.product_dtype is torch.int8 and low > 0 and not self.rest:
+            return screen.survivors(centred, weight, self.b_enc, low)
+        self.rest = max(0, self.rest - 1)
+        return *self.kernels.survivors(centred, weight, self.b_enc, low), 0
 
     def _estimate(self, centred: Tensor, weight: Tensor, k: float) -> float:
         """A threshold that somewhat more than k pre-activations a token pass, from a few tokens."""
@@ -209,35 +235,45 @@ class Learner:
         return max(0.0, everyone.sum_scalars([kernels.kth_largest(pre, wanted)])[0] / everyone.size)
 
     def gradients(
-        self, x: Float[Tensor, "batch d_model"], kept: Sparse, dying: dead.Dead
+        self,
+        x: Float[Tensor, "batch d_model"],
+        kept: Sparse,
+        dying: dead.Dead,
+        *memory: Float[Tensor, "d_sae d_model"],
     ) -> tuple[Gradients, Float[Tensor, " 3"]]:
         """Gradients of the loss, given what was kept and what is dead, this process' share; and sums over its tokens, in fp64:
         squared error, squared distance from the mean, dead-latent loss."""
-        grid = self.grid
+        grid, config = self.grid, self.config
         scale = 2 / (len(x) * grid.data.size)
         centred = x - self.b_dec
-        error = self.kernels.decode(kept, self.W_dec, len(x))
+        error = self.kernels.decode(kept, self._read(self.W_dec), len(x))
         grid.width.sum_((error,))
         error.sub_(centred)
-        total = x.sum(0)
+        total = centred.sum(0)
+        spread = torch.linalg.vector_norm(centred).double() ** 2
         grid.data.sum_((total,))
-        squared, variance = error.pow(2).sum(), (x - total * (scale / 2)).pow(2).sum()
-        grad = error * scale
-        of_value = self.kernels.value_grads(kept, grad, self.W_dec)
-        W_enc, W_dec, b_enc, along = self.kernels.latent_grads(kept, of_value, grad, centred, self.d_sae)
-        direct = grad.sum(0) if grid.width.rank == 0 else torch.zeros_like(self.b_dec)  # once a row
+        squared = torch.linalg.vector_norm(error).double() ** 2
+        variance = spread - total.square().sum().double() * scale / 2 / grid.data.size
+        # G is scale * error; as it enters linearly, the scale may wait for the pairs, which are fewer.
+        of_value = self.kernels.value_grads(kept, error, self.W_dec).mul_(scale)
+        W_enc, W_dec, b_enc, along = self.kernels.latent_grads(
+            kept, of_value, self._read(error), self._read(centred), scale, self.d_sae, *memory
+        )
+        direct = error.sum(0).mul_(scale) if grid.width.rank == 0 else torch.zeros_like(self.b_dec)  # once a row
         out = Gradients(W_enc, W_dec, b_enc, direct - b_enc @ self.W_enc)
-        aux = squared.new_zeros((), dtype=torch.float64)
-        if dying.total and self.config.aux_coef:
-            aux = dead.add_gradients(
-                out, along, (self.W_enc, self.W_dec, self.b_enc), centred, error, dying,
-                aux_k=self.aux_k, aux_coef=self.config.aux_coef, grid=grid,
-            )  # fmt: skip
+        aux = torch.zeros_like(squared)
+        if dying.total and config.aux_coef:
+            weights, coef = (self.W_enc, self.W_dec, self.b_enc), config.aux_coef
+            aux = dead.add_gradients(out, along, weights, centred, error, dying, self.aux_k, coef, grid)
         if self.fused:
             out.along = along  # Adam's kernel takes it away
         else:
             out.W_dec.addcmul_(along[:, None], self.W_dec, value=-1)
-        return out, torch.stack([squared.double(), variance.double(), aux])
+        return out, torch.stack([squared, variance, aux])
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """Rows as they are read for sums of them: those take as long as reading takes."""
+        return rows.bfloat16() if rows.device.type == "cpu" and self.product_dtype is not torch.float32 else rows
 
     def _update(self, gradients: Gradients, norm: float, lr: float) -> None:
         """Adam with the clipped gradients; decoder rows back to norm 1."""
@@ -257,7 +293,7 @@ class Learner:
         """Everything that the next steps depend on; tensors are those in use, not copies."""
         return {
             "parameters": self.parameters(), "optimiser": self.optimiser.state_dict(), "silent_for": self.silent_for,
-            "guess": None if self.guess is None else float(self.guess),
+            "guess": None if self.guess is None else float(self.guess), "change": float(self.change), "rest": self.rest,
             "threshold_mean": float(self.threshold_mean), "threshold_weight": self.threshold_weight,
         }  # fmt: skip
 
@@ -267,7 +303,7 @@ class Learner:
             parameter.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
         self.silent_for.copy_(state["silent_for"])
-        self.guess = state["guess"]
+        self.guess, self.change, self.rest = state["guess"], state["change"], state["rest"]
         self.threshold_mean, self.threshold_weight = state["threshold_mean"], state["threshold_weight"]
         if self.fused:
             self.fused.steps = None

@@ -401,12 +401,12 @@ def calibrated_threshold(learner: Learner, x: Float[Tensor, "n d_model"], k: flo
 
     The running mean of the smallest kept activation lags behind the weights, and is noisy with small batches; this is exact.
     """
-    guess, grid = learner.guess, learner.grid
-    learner.grid, learner.guess = grid.row, None
+    kept = learner.grid, learner.guess, learner.change, learner.rest
+    learner.grid, learner.guess = learner.grid.row, None
     try:
         _, smallest = learner.select(x, k)
     finally:
-        learner.grid, learner.guess = grid, guess
+        learner.grid, learner.guess, learner.change, learner.rest = kept
     # The smallest is to pass too, and what passes is above the threshold.
     return float(torch.nextafter(torch.tensor(smallest), torch.tensor(0.0)))
 

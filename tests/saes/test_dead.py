@@ -16,16 +16,16 @@ def silences(n_dead: int, n: int = 40, silence: int = 100) -> torch.Tensor:
 
 def test_the_silent_ones_are_dead() -> None:
     silent = silences(7)
-    found = dead.find_later(silent, 100, 20, ALONE)()
+    found = dead.find_later(silent, 100, 20, 10, ALONE)()
     assert torch.equal(found.rows, (silent == 100).nonzero()[:, 0])
     assert (found.chosen, found.total) == (7, 7)
-    assert dead.find_later(silent, 101, 20, ALONE)()[1:] == (0, 0)
+    assert dead.find_later(silent, 101, 20, 10, ALONE)()[1:3] == (0, 0)
 
 
 def test_of_many_some_are_chosen_and_others_the_next_time() -> None:
     seen = set()
-    for silence in range(100, 130):
-        found = dead.find_later(silences(30, silence=silence), 100, 5, ALONE)()
+    for silence in range(100, 400, 10):
+        found = dead.find_later(silences(30, silence=silence), 100, 5, 10, ALONE)()
         assert (found.chosen, found.total) == (5, 30)
         rows = set(found.rows.tolist())
         assert len(rows) == 5

@@ -70,8 +70,8 @@ def kept(grid: Grid, which: str, k: float, guess: float | None) -> tuple[Tensor,
 SELECTIONS = [("ties", 0.1, None), ("ties", 2.7, 0.5), ("ties", 30, None), ("floats", 4, 1e9)]
 
 
-def short(**options: Any) -> TrainConfig:
-    return config(20, checkpoint_every=8, log_every=2, **options)
+def short(product: str = "float32", **options: Any) -> TrainConfig:
+    return config(20, checkpoint_every=8, log_every=2, step=StepConfig(product=product), **options)
 
 
 def _work(group: Group, folder: str) -> None:
@@ -99,6 +99,7 @@ def _work(group: Group, folder: str) -> None:
     else:
         trained = train(Made(), short(), out / "2x1", group=pair, progress=False)
         torch.save(trained[0].sae.W_dec, out / f"2x1-{pair.rank}.pt")
+        train(Made(), short("auto", width_shards=2), out / "fastest", group=pair, progress=False)
     group.wait()
 
 
@@ -199,6 +200,10 @@ def test_a_training_has_the_loss_curve_of_one_process(four: Path, one: Path, nam
         for array in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
             torch.testing.assert_close(getattr(a, array), getattr(b, array), rtol=1e-2, atol=1e-3)
         assert a.info.training["config"]["width_shards"] == shards
+
+
+def test_in_the_device_s_fastest_way_they_agree_to_its_precision(four: Path, one: Path) -> None:
+    torch.testing.assert_close(curve(four / "fastest")[:, :3], curve(one)[:, :3], rtol=0.02, atol=0)
 
 
 def test_every_process_ends_with_the_same_dictionary(four: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -16,10 +14,10 @@ def test_they_are_the_same_numbers(monkeypatch, chunk: int, d_sae: int, d_model:
     monkeypatch.setattr(initial, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(7)
     whole = torch.nn.functional.normalize(torch.randn(d_sae, d_model, generator=generator), dim=1)
-    assert torch.equal(initial.unit_rows(d_sae, d_model, 7), whole)
-    cuts = [0, d_sae // 3, d_sae // 2, d_sae]
-    parts = [initial.unit_rows(d_sae, d_model, 7, a, b) for a, b in itertools.pairwise(cuts)]
-    assert torch.equal(torch.cat(parts), whole)
+    for start, stop in ((0, d_sae), (0, d_sae // 3), (d_sae // 3, d_sae // 2), (d_sae // 2, d_sae)):
+        out = torch.full((stop - start, d_model), torch.nan)
+        initial.unit_rows_(out, d_sae, 7, start)
+        assert torch.equal(out, whole[start:stop])
 
 
 def test_no_more_is_made_than_a_chunk_at_a_time(monkeypatch) -> None:
@@ -27,6 +25,6 @@ def test_no_more_is_made_than_a_chunk_at_a_time(monkeypatch) -> None:
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **options: made.append(shape) or randn(*shape, **options))
     monkeypatch.setattr(initial, "CHUNK", 800)
-    assert initial.unit_rows(1000, 10, 0, 100, 200).shape == (100, 10)
+    initial.unit_rows_(torch.empty(100, 10), 1000, 0, 100)
     assert max(rows for rows, _ in made) == 80
     assert sum(rows for rows, _ in made) == 240, "what comes after the rows that are wanted is not made"

@@ -27,32 +27,30 @@ def encode_select_joint(
     W_enc: Float[Tensor, "d_sae d_model"],
     b_enc: Float[Tensor, " d_sae"],
     n_keep: int,
-    guess: Float[Tensor, ""],
+    low: Float[Tensor, ""],
     *,
     sum_: Callable[[Sequence[Tensor]], None],
     places: Callable[[Int[Tensor, " n"]], Int[Tensor, " n"]],
     here: Callable[[Int[Tensor, " n"]], Int[Tensor, " n"]],
     n_places: int,
     room: int,
-    slack: float = 0.9,
 ) -> tuple[Sparse, Float[Tensor, ""]] | None:
     """What this process has of the n_keep largest of relu(x @ W_enc.T + b_enc) over all processes, and the smallest of all.
 
     Args:
         x, W_enc, b_enc: this process' tokens and latents, as encode.encode_select takes them.
         n_keep: at least 1.
-        guess: what the threshold may be, the same one in all processes, on the device.
+        low: everything above it is collected; the same one in all processes, on the device.
         sum_: adds tensors up over processes, in place.
         places: token * d_sae + latent of this process -> its number among all processes, which breaks ties; here: the inverse.
         n_places: what places gives is below this.
         room: of this process' pool.
-        slack: everything above slack * guess is collected.
 
-    Returns: None, in all processes, where the guess was too high, or too low for the room of one of them.
+    Returns: None, in all processes, where `low` was too high, or too low for the room of one of them.
     """
     encoder = Encoder(x, W_enc, b_enc)
     capacity = min(max(room, LEAST_ROOM), encoder.n_flat)
-    pool = encoder.collect(Bound(guess.reshape(1).float() * slack), capacity)
+    pool = encoder.collect(Bound(low.reshape(1).float()), capacity)
     joint = torch.cat([pool.filled, (pool.filled > capacity).long()])
     sum_((joint,))
     # What is in places that are not filled is never looked at.
