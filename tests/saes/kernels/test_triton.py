@@ -77,9 +77,10 @@ def top(acts: torch.Tensor, n: int) -> torch.Tensor:
 @pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools with no more room than is asked for, so that small problems overflow."""
-    from pvsae.saes.kernels.triton import encode
+    from pvsae.saes.kernels.triton import encode, joint
 
     monkeypatch.setattr(encode, "LEAST_ROOM", 1)
+    monkeypatch.setattr(joint, "LEAST_ROOM", 1)
 
 
 def small_tiles():
@@ -225,6 +226,22 @@ def test_survivors(low: float) -> None:
         flat, value = kernels.survivors(x, W, b, low, expected=expected, tiles=small_tiles())
         assert flat.tolist() == (acts > max(low, 0)).nonzero()[:, 0].tolist()
         torch.testing.assert_close(value, acts[flat], **CLOSE)
+
+
+@here
+@pytest.mark.parametrize(("low", "room", "fits"), [(1.0, 400, True), (1e9, 400, False), (0.0, 100, False)])
+def test_joint_selection_of_a_process_with_others_that_have_nothing(low: float, room: int, fits: bool, little_room: None) -> None:
+    x, W, b = problem(20, 50, 24, seed=1)
+    acts = dense(x, W, b)
+    summed = []
+    found = kernels.encode_select_joint(
+        x, W, b, 60, torch.tensor(low, device=DEVICE), sum_=summed.extend, places=lambda at: 3 * at + 2**33,
+        here=lambda at: (at - 2**33) // 3, n_places=2**34, room=room,
+    )  # fmt: skip
+    assert (found is not None) == fits
+    if found is not None:
+        is_selection(*found, acts, 60)
+    assert {len(counts) for counts in summed} == {2, 2048}, "counts are what goes to others"
 
 
 @here
