@@ -73,13 +73,14 @@ _monitor = _stage(
 
 
 def _sae_train(args: argparse.Namespace) -> None:
+    from pvsae.saes import shipped
     from pvsae.stages import sae_train
 
     config = sae_train.load_config(args.config, args.settings)
     if getattr(args, "dry_run", False):
         print(sae_train.plan(config))
         return
-    out = Path(getattr(args, "out", None) or f"runs/sae-{Path(args.config).stem}")
+    out = Path(getattr(args, "out", None) or f"runs/sae-{shipped.find(args.config).stem}")
     _LAST.append(out)
     result = sae_train.run(config, out, logs=tuple(getattr(args, "log", ())))
     if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one speaks

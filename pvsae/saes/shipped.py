@@ -26,7 +26,7 @@ def find(name: str | Path) -> Path:
         return path
     if str(name) in names():
         return FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(path.stem.lower(), names(), n=1)
+    near = difflib.get_close_matches(path.name.lower().removesuffix(".yaml"), names(), n=1)
     raise UserError(
         f"there is no config {str(name)!r}",
         "a YAML file, or one of " + ", ".join(names()),
