@@ -10,6 +10,7 @@ latent, because every one of these products reads whole rows.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**23  # pre-activations computed at a time: 32 MB
+PART_BYTES = 2**22  # of sums made at a time
 
 
 class Sparse(NamedTuple):
@@ -49,20 +51,27 @@ def survivors(
         part = x[start : start + rows]
         pre = buffer[: len(part) * d_sae].view(len(part), d_sae)
         flat = torch.addmm(bias, part, weight, out=pre).view(-1)
-        index = _where(flat > low)
+        index = where(flat > low)
         values.append(flat[index].float())
         indices.append(index.add_(start * d_sae))
     return torch.cat(indices), torch.cat(values)
 
 
-def _where(mask: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Indices of True. On a CPU numpy finds them several times as fast as torch does."""
+def where(mask: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Indices of True, ascending. On a CPU numpy finds them several times as fast as torch does."""
     return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> float:
-    """The k-th largest value."""
+    """The k-th largest value. On a CPU numpy finds it several times as fast as torch does."""
+    if values.device.type == "cpu":
+        return float(np.partition(values.detach().numpy(), len(values) - k)[len(values) - k])
     return float(values.kthvalue(len(values) - k + 1).values)
+
+
+def sorted_places(ids: Int[Tensor, " n"], n_ids: int) -> Int[Tensor, " n"]:
+    """Places of the ids in ascending order, equal ones as they come. Short integers are sorted several times as fast."""
+    return ids.to(torch.int16 if n_ids <= 2**15 else torch.int32).sort(stable=True).indices
 
 
 def keep_largest(index: Int[Tensor, " n"], value: Float[Tensor, " n"], threshold: float, n_ties: int, d_sae: int) -> Sparse:
@@ -71,17 +80,37 @@ def keep_largest(index: Int[Tensor, " n"], value: Float[Tensor, " n"], threshold
     if n_ties > 0:
         ties = (value == threshold).nonzero()[:n_ties, 0]
         kept[ties] = True
-    where = _where(kept)
-    index = index[where]
+    places = where(kept)
+    index = index[places]
     token = torch.div(index, d_sae, rounding_mode="floor")
-    return Sparse(token, index - token * d_sae, value[where])
+    return Sparse(token, index - token * d_sae, value[places])
 
 
 def decode(kept: Sparse, W_dec: Float[Tensor, "d_sae d_model"], batch: int) -> Float[Tensor, "batch d_model"]:
-    """Sum of value * W_dec[latent] over each token's kept latents."""
-    return torch.nn.functional.embedding_bag(
-        kept.latent, W_dec, offsets(kept.token, batch)[:-1], per_sample_weights=kept.value, mode="sum"
-    )
+    """Sum of value * W_dec[latent] over each token's kept latents, in fp32; summed in fp32 from whatever dtype W_dec has."""
+    return _sums(kept.latent, kept.value, W_dec, offsets(kept.token, batch))
+
+
+def _sums(
+    which: Int[Tensor, " n"], weights: Float[Tensor, " n"], rows: Float[Tensor, "n_rows d_model"], start: Int[Tensor, " n_1"],
+    out: Float[Tensor, "n_bags d_model"] | None = None,
+) -> Float[Tensor, "n_bags d_model"]:  # fmt: skip
+    """Weighted sums of rows, a bag each. They are as fast as the rows can be read: half as long takes half the time.
+
+    They are made some bags at a time: the system hands out large pieces of memory page by page, which takes longer than to fill
+    them, and small ones are used again.
+    """
+    n_bags = len(start) - 1
+    out = torch.empty(n_bags, rows.shape[1], device=rows.device) if out is None else out
+    weights = weights.to(rows.dtype)
+    some = max(1, PART_BYTES // (rows.shape[1] * rows.element_size()))
+    edges = [*start[:-1:some].tolist(), len(which)]
+    for i, first in enumerate(range(0, n_bags, some)):
+        last, pairs = min(first + some, n_bags), slice(edges[i], edges[i + 1])
+        bags = start[first:last] - edges[i]
+        sums = torch.nn.functional.embedding_bag(which[pairs], rows, bags, per_sample_weights=weights[pairs], mode="sum")
+        out[first:last].copy_(sums)
+    return out
 
 
 def value_grads(kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, " n"]:
@@ -89,7 +118,7 @@ def value_grads(kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float
     shape = (len(grad), len(W_dec))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that CSR tensors are new, and that nobody checks their indices
-        pattern = torch.sparse_csr_tensor(offsets(kept.token, len(grad)), kept.latent, torch.zeros_like(kept.value), shape)
+        pattern = torch.sparse_csr_tensor(offsets(kept.token, len(grad)), kept.latent, grad.new_zeros(len(kept.latent)), shape)
     return torch.sparse.sampled_addmm(pattern, grad, W_dec.T, beta=0.0).values()
 
 
@@ -106,18 +135,63 @@ class ByLatent(NamedTuple):
 
 def by_latent(kept: Sparse, d_sae: int) -> ByLatent:
     """Sorts the pairs by latent, stably, so that sums over tokens have one order whatever the machine."""
-    latent, order = kept.latent.sort(stable=True)
-    return ByLatent(order, kept.token[order], offsets(latent, d_sae))
+    order = sorted_places(kept.latent, d_sae)
+    return ByLatent(order, kept.token[order], offsets(kept.latent, d_sae))
 
 
 def weight_grads(
-    at: ByLatent, weights: Float[Tensor, " n"], rows: Float[Tensor, "batch d_model"]
+    at: ByLatent,
+    weights: Float[Tensor, " n"],
+    rows: Float[Tensor, "batch d_model"],
+    out: Float[Tensor, "d_sae d_model"] | None = None,
 ) -> Float[Tensor, "d_sae d_model"]:
-    """Sum over each latent's kept tokens of weight * rows[token]; `weights` are in Sparse's order."""
-    return torch.nn.functional.embedding_bag(at.token, rows, at.start[:-1], per_sample_weights=weights[at.order], mode="sum")
+    """Sum over each latent's kept tokens of weight * rows[token], into `out` if given; `weights` are in Sparse's order."""
+    return _sums(at.token, weights[at.order], rows, at.start, out)
 
 
-def offsets(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:
-    """Where each of the ids 0 .. n-1 begins in a sorted list of them, and the list's length at the end."""
-    counts = torch.bincount(sorted_ids, minlength=n)
+class LatentGrads(NamedTuple):
+    """Gradients of W_enc, W_dec and b_enc, and along: the component of W_dec's gradient along each row of W_dec, still in it."""
+
+    W_enc: Float[Tensor, "d_sae d_model"]
+    W_dec: Float[Tensor, "d_sae d_model"]
+    b_enc: Float[Tensor, " d_sae"]
+    along: Float[Tensor, " d_sae"]
+
+
+def latent_grads(
+    kept: Sparse,
+    of_value: Float[Tensor, " n"],
+    error: Float[Tensor, "batch d_model"],
+    x: Float[Tensor, "batch d_model"],
+    scale: float,
+    d_sae: int,
+    *memory: Float[Tensor, "d_sae d_model"],
+) -> LatentGrads:
+    """Gradients of what latents have, given those of the kept values; the reconstruction's is scale * error.
+
+    Args:
+        x: the encoder's input.
+        memory: that the matrices are written to, if given.
+    """
+    at = by_latent(kept, d_sae)
+    b_enc = torch.bincount(kept.latent, of_value, minlength=d_sae).float()
+    W_enc = weight_grads(at, of_value, x, *memory[:1])
+    W_dec = weight_grads(at, kept.value * scale, error, *memory[1:])
+    # <dL/dW_dec[f], W_dec[f]> is a sum over kept pairs too: the dense gradient need not be read for it.
+    along = torch.bincount(kept.latent, of_value * kept.value, minlength=d_sae).float()
+    return LatentGrads(W_enc, W_dec, b_enc, along)
+
+
+def large(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised memory on the CPU for a matrix whose rows are read in no order: in huge pages where the system has them.
+
+    numpy asks Linux for them, torch does not; with pages of 4 KB every row costs a walk through the page table or two.
+    """
+    size = torch.empty(0, dtype=dtype).element_size() * math.prod(shape)
+    return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(*shape)
+
+
+def offsets(ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_plus_1"]:
+    """Where each of the ids 0 .. n-1 begins in the sorted list of them, and the list's length at the end."""
+    counts = torch.bincount(ids, minlength=n)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

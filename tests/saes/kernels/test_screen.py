@@ -1,0 +1,97 @@
+"""The int8 screen loses nothing that the threshold lets pass, whatever the activations look like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pvsae.saes.dead import Dead
+from pvsae.saes.kernels import eager, screen
+from pvsae.saes.step import Learner, StepConfig
+
+pytestmark = pytest.mark.skipif(not screen.available(), reason="this CPU has no fast int8 product")
+
+
+def activations(kind: str, n: int = 1100, d: int = 96) -> Tensor:
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(3))
+    if kind == "decaying":
+        x *= torch.linspace(3, 0.05, d)
+    if kind == "massive dimensions":
+        x[:, 7] *= 60
+        x[:, 50] += 200
+    if kind == "massive tokens":
+        x[::300] *= 50
+    return x
+
+
+def weights(x: Tensor, f: int) -> tuple[Tensor, Tensor]:
+    """Rows like those that are learnt on x: larger where x varies more, of several lengths."""
+    generator = torch.Generator().manual_seed(4)
+    W = torch.nn.functional.normalize(torch.randn(f, x.shape[1], generator=generator) * x.std(0), dim=1)
+    W[::3] = torch.nn.functional.normalize(torch.randn(len(W[::3]), x.shape[1], generator=generator), dim=1)
+    return W * (0.3 + torch.rand(f, 1, generator=generator)), 0.3 * torch.randn(f, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["plain", "decaying", "massive dimensions", "massive tokens"])
+@pytest.mark.parametrize("f", [640, 1021])
+def test_the_same_pairs_pass_as_in_fp32(kind: str, f: int) -> None:
+    x = activations(kind)
+    W, b = weights(x, f)
+    pre = (x @ W.T + b).flatten()
+    low = float(pre.kthvalue(pre.numel() - 8 * len(x)).values)
+    index, value = eager.survivors(x, W, b, low)
+    found = screen.survivors(x, W, b, low)
+    ours, theirs = (dict(zip(i.tolist(), v.tolist(), strict=True)) for i, v in ((found.flat, found.value), (index, value)))
+    assert found.flat.tolist() == sorted(ours)
+    for one, other in ((ours, theirs), (theirs, ours)):  # the order of a sum decides at the threshold itself
+        assert all(
+            v == pytest.approx(other[i], rel=1e-4, abs=1e-4 * low) if i in other else v < low * 1.0001 for i, v in one.items()
+        )
+    assert len(ours) <= found.n_screened < 3 * len(ours)
+
+
+def test_the_margin_is_what_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations("plain")
+    W, b = weights(x, 1021)
+    monkeypatch.setattr(screen, "SIGMAS", -1.0)
+    assert len(screen.survivors(x, W, b, 2.0).flat) < len(eager.survivors(x, W, b, 2.0)[0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_not_hidden(bad: float) -> None:
+    x = activations("plain")
+    x[5, 3] = bad
+    W, b = weights(x, 64)
+    learner = Learner(96, 64, StepConfig(), product_dtype=torch.int8)
+    learner.guess = 0.5
+    assert not torch.isfinite(torch.tensor(learner.step(x, 4, 1e-3).loss))
+    assert len(screen.survivors(x, W, b, 0.5).flat) > 0
+
+
+def test_a_step_with_the_screen_is_one_without_it_to_the_precision_of_bf16() -> None:
+    x = activations("decaying", 2048)
+    learners = [Learner(96, 512, StepConfig(clip=None), product_dtype=dtype) for dtype in (torch.float32, torch.int8)]
+    for made in learners:
+        made.step(x, 8, 1e-3)
+    exact, screened = learners
+    kept = [made.select(x[:500], 8)[0] for made in learners]
+    both = set((kept[0].token * 512 + kept[0].latent).tolist()) & set((kept[1].token * 512 + kept[1].latent).tolist())
+    assert len(both) > 0.98 * len(kept[0].value)
+    no = Dead(torch.zeros(0, dtype=torch.int64), 0, 0)
+    for mine, theirs in zip(*(m.gradients(x, exact.select(x, 8)[0], no)[0].tensors() for m in (screened, exact)), strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_a_screen_that_lets_too_much_pass_rests_and_its_rest_is_part_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Learner(96, 512, StepConfig(), product_dtype=torch.int8)
+    x = activations("plain")
+    made.step(x, 8, 1e-3)
+    made.step(x, 8, 1e-3)
+    assert made.rest == 0
+    monkeypatch.setattr(screen, "SIGMAS", 100.0)
+    made.step(x, 8, 1e-3)
+    assert made.rest > 0
+    other = Learner(96, 512, StepConfig(), product_dtype=torch.int8)
+    other.restore(made.state())
+    assert (other.rest, other.change, other.guess) == (made.rest, made.change, made.guess)
