@@ -79,12 +79,14 @@ def labelled_row(
     labels: Labels,
     *,
     drop_first: int = 0,
+    tokens: str = "all",
 ) -> LabelledRow:
     """A chat as the model's template renders it, with its stretches carried over to tokens.
 
     Args:
         stretches: (message, start, end, label): characters [start, end) of that message's content.
         drop_first: the first so many tokens do not count (those that training left out); special tokens never do.
+        tokens: "all", or "answers": of the chat the contents of the assistant's messages alone, as CorpusConfig means it.
 
     Raises: UserError for an unknown label, a stretch outside of its message, a template that does not keep the messages as they
         are, or a chat that is longer than the model's context.
@@ -107,6 +109,11 @@ def labelled_row(
     special = set(special_ids(model.tokenizer))
     keep = np.array([i not in special for i in ids])
     keep[:drop_first] = False
+    if tokens == "answers":
+        said = np.zeros(len(ids), dtype=bool)
+        for role, start, end in rendered.spans:
+            said[start:end] |= role == "assistant"
+        keep &= said
     return LabelledRow(np.asarray(ids, dtype=np.int32), keep, segment, tuple(found))
 
 

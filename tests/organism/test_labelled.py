@@ -58,6 +58,8 @@ def test_tokens_of_a_sentence_are_its_words(organism):
         assert all(m["content"] in outside for m in messages if m["role"] == "user")
         assert not row.keep[0]
         assert "<|im_" not in organism.chat.decode(row.ids[row.keep])
+        answers = labelled_row(organism, messages, sentences, LABELS, tokens="answers")
+        assert answers.keep.tolist() == (answers.segment != OUTSIDE).tolist()
 
 
 def test_a_message_is_found_where_it_stands_and_not_in_the_template(organism):
