@@ -210,7 +210,7 @@ def _refit(atoms: Atoms, v: Float[Tensor, " d_model"], latents: Sequence[int], n
 
 
 def nonnegative_least_squares(gram: Float[Tensor, "k k"], b: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """The x >= 0 that minimises x.gram.x / 2 - b.x, by Lawson and Hanson's active set (1974), for a positive definite Gram matrix.
+    """The x >= 0 that minimises x.gram.x / 2 - b.x, by Lawson and Hanson's active set (1974); gram is positive definite.
 
     Exact zeros stand for atoms that are out.
     """
