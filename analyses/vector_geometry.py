@@ -3,10 +3,10 @@
     python -m analyses.vector_geometry [--model organism] [--quick]
     python -m analyses.vector_geometry --model FOLDER --dictionary RELEASE_OR_FOLDER
 
-The paper's figure of trait-by-trait cosines, on any model, and beside it the same in a dictionary's features, twice: the difference
-of encodings (mean activation on answers that show the trait, minus that on answers that do not), and the weights of the
-non-negative pursuit of the vector on the decoder's rows. Vectors may share a direction that no feature stands for, and features may
-be shared by vectors that are nearly orthogonal, so the three need not agree.
+The paper's figure of trait-by-trait cosines, on any model, and beside it the same in a dictionary's features, twice: the
+difference of encodings (mean activation on answers that show the trait, minus that on answers that do not), and the weights of
+the non-negative pursuit of the vector on the decoder's rows. Vectors may share a direction that no feature stands for, and
+features may be shared by vectors that are nearly orthogonal, so the three need not agree.
 
 The dictionary says the block; without one the model's shipped config is trained (the embedded models have one).
 
