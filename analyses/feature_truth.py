@@ -224,6 +224,7 @@ def main() -> None:
     options.add_argument("--dictionaries", nargs="+", type=Path, help="folders of trained dictionaries, instead of training")
     options.add_argument("--seeds", type=int, default=2, help="dictionaries to train (default: 2)")
     options.add_argument("--conversations", type=int, default=6000, help="labelled conversations to read (default: 6000)")
+    options.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
     args = options.parse_args()
     args.traits = args.traits or list(TRAITS)
     model = load(args.model)

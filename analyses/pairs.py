@@ -32,12 +32,14 @@ class Pairs:
 
 
 def vectors_of(args: argparse.Namespace, model: ChatModel) -> tuple[Path, Path]:
-    """Extracts vectors of all traits that are asked for, once for all analyses of the same folder.
+    """Where vectors and rollouts are: in the folder given as --vectors, else all traits are extracted, once for all analyses.
 
     Returns: (folder of the analysis' run folders, folder with a folder a trait).
     """
     name = args.model.strip("/").split("/")[-1]
     out = args.out or Path("runs") / f"analysis-{name}{'-quick' if args.quick else ''}"
+    if args.vectors is not None:
+        return out, args.vectors
     options: dict[str, Any] = {"model": args.model, "judge": args.judge, "judge_url": args.judge_url, "library": args.library}
     config = ExtractConfig(n_samples=1 if args.quick else 2, traits=(), batch_size=64, **options)
     extract.run(config, out / "extract", model=model)

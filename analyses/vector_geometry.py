@@ -105,6 +105,7 @@ def draw(tables: Mapping[str, pd.DataFrame], path: Path) -> Path:
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--dictionary", help="folder of a dictionary (default: train the model's shipped config)")
+    options.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
     args = options.parse_args()
     model = load(args.model)
     out, stored = vectors_of(args, model)
