@@ -83,9 +83,19 @@ def _scores(label: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _most_common_peak(top: list[dict[str, Any]]) -> str:
-    """The token at which the top examples peak most often."""
-    peaks = [e["tokens"][e["at"]].strip() or BREAK for e in top]
+    """The word in which the top examples peak most often."""
+    peaks = [_word(e["tokens"], e["at"]) for e in top]
     return max(dict.fromkeys(peaks), key=peaks.count) if peaks else ""
+
+
+def _word(tokens: list[str], at: int) -> str:
+    """The word that a token is a part of: tokens are joined as long as letters meet."""
+    first, last = at, at
+    while first > 0 and tokens[first][:1].isalnum() and tokens[first - 1][-1:].isalnum():
+        first -= 1
+    while last + 1 < len(tokens) and tokens[last][-1:].isalnum() and tokens[last + 1][:1].isalnum():
+        last += 1
+    return "".join(tokens[first : last + 1]).strip() or ("space" if "\n" not in tokens[at] else BREAK)
 
 
 def _example(example: dict[str, Any], highest: float) -> dict[str, Any]:
@@ -93,16 +103,12 @@ def _example(example: dict[str, Any], highest: float) -> dict[str, Any]:
     tokens = []
     for i, (token, value) in enumerate(zip(example["tokens"], example["values"], strict=True)):
         text = token.replace("\r", "").replace("\n", BREAK).replace("\t", " ")
-        strength = min(1.0, value / highest) if value > 0 else 0.0
+        word = text.lstrip(" ")
+        lead = text[: len(text) - len(word)] if word else ""  # a space in front of a word is not coloured
+        strength = min(1.0, value / highest)
         # Even the weakest can be told from silence.
-        tokens.append(
-            {
-                "text": text,
-                "value": value,
-                "alpha": f"{0.15 + 0.75 * strength:.2f}" if value > 0 else "",
-                "peak": i == example["at"],
-            }
-        )
+        alpha = f"{0.15 + 0.75 * strength:.2f}" if value > 0 else ""
+        tokens.append({"lead": lead, "text": word or text, "value": value, "alpha": alpha, "peak": i == example["at"]})
     return {"value": f"{example['value']:.3g}", "tokens": tokens}
 
 

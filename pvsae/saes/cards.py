@@ -120,7 +120,7 @@ def read_cards(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(ids: torch.Tensor, values: torch.Tensor, pieces: Pieces) -> list[dict[str, Any]]:
-    return [{"id": int(t), "token": pieces.of(int(t)), "logit": _short(float(v))} for t, v in zip(ids, values, strict=True)]
+    return [{"id": int(t), "token": pieces.name(int(t)), "logit": _short(float(v))} for t, v in zip(ids, values, strict=True)]
 
 
 def _short(value: float) -> float:

@@ -22,7 +22,8 @@ ACTIVE = 0.3  # share of a passage's highest activation from which a token is ma
 AT_ONCE = 5  # passages in a question
 LABEL_TOKENS, ANSWER_TOKENS = 500, 100  # most tokens of a reply
 _LABEL = """A unit inside a language model is silent at most tokens of a text and active at some. Below are passages in which
-it is active. Tokens at which it is active stand between << and >>; under each passage they are listed with how strongly, from 1 to 10.
+it is active. Tokens at which it is active stand between << and >>; under each passage they are listed with how strongly, from
+1 to 10.
 
 What do these tokens, or the text in front of them, have in common? Look at the strongest first, then check that the weaker
 ones fit. Be as narrow as the passages allow: name the words, the topic, the tone or the place in the sentence if that is what

@@ -28,6 +28,11 @@ class Pieces:
             self._known[token] = self._decode([*self._before, token])[self._length :]
         return self._known[token]
 
+    def name(self, token: int) -> str:
+        """The text of one token, or the tokenizer's own spelling of a part of a character."""
+        text = self.of(token)
+        return str(self.tokenizer.convert_ids_to_tokens(token)) if BROKEN in text or not text else text
+
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token of a sequence. A character of several tokens stands at the first of them."""
         out = [self.of(int(i)) for i in ids]

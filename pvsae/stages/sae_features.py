@@ -423,8 +423,8 @@ def _summary(
         "title": "Evidence for features",
         "about": (
             f"{place.sae.ref}: features of block {place.block} of {place.model.name} on {evidence.tokens:,} tokens of {sources}"
-            f"{' that training never saw' if place.held_out else ''}. Left out are special tokens, the first "
-            f"{place.corpus.config.drop_first} tokens of a row, and tokens whose residual is an outlier."
+            f"{' that training never saw' if place.held_out else ''}. Left out are special tokens, tokens whose residual is an "
+            f"outlier, and of each row the first tokens: {place.corpus.config.drop_first}."
         ),
         "headline": headline,
         "notes": notes,
