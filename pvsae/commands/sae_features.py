@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace, started: Callable[[Path], None], text: Callab
     from pvsae.stages import sae_features
 
     names = {field.name for field in dataclasses.fields(sae_features.SaeFeaturesConfig)}
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
+    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
     config = sae_features.SaeFeaturesConfig(**options)
     if getattr(args, "dry_run", False):
         print(sae_features.plan(config))

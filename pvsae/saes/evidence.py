@@ -246,7 +246,7 @@ class Evidence:
         arrays = {"latents": self.latents, "fired": self.fired, "peak": self.peak, "histogram": self.histogram}
         arrays |= {"sums": self._sums, "tokens": np.array(self.tokens), "rows": np.array(self.rows)}
         for name, part in (("top", self.top), ("sample", self.sample), ("quiet", self.quiet)):
-            arrays |= {f"{name}.{key}": value for key, value in part.state().items()}  # type: ignore[attr-defined]
+            arrays |= {f"{name}.{key}": value for key, value in part.state().items()}
         return arrays
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
@@ -256,7 +256,7 @@ class Evidence:
         self.tokens, self.rows = int(state["tokens"]), int(state["rows"])
         for name, part in (("top", self.top), ("sample", self.sample), ("quiet", self.quiet)):
             own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(name + ".")}
-            part.restore(own)  # type: ignore[attr-defined]
+            part.restore(own)
 
 
 class QuietWindow(NamedTuple):
@@ -318,8 +318,8 @@ class QuietWindows:
         """Goes on where `state` was taken."""
         active = np.split(state["active"], np.cumsum(state["counts"])[:-1]) if len(state["key"]) else []
         self.windows = [
-            QuietWindow(float(key), *(int(p) for p in place), frozenset(some.tolist()))  # type: ignore[arg-type]
-            for key, place, some in zip(state["key"], state["place"], active, strict=True)
+            QuietWindow(float(key), row, start, stop, document, frozenset(some.tolist()))
+            for key, (row, start, stop, document), some in zip(state["key"], state["place"].tolist(), active, strict=True)
         ]
 
 

@@ -189,10 +189,11 @@ def label_features(
 
 def requests_at_most(n_features: int, train: int, test: int, window: int) -> list[Request]:
     """Stand-ins for the requests of n features, each as long as it may get, to estimate a cost by."""
-    passage = Passage(("token ",) * window, (1.0,) * window)
+    half = window // 2
+    passage = Passage(("token ",) * window, (1.0,) * (window - half) + (0.0,) * half)
     m = Material(0, (passage,) * train, (passage,) * test, (passage,) * test)
     some = [label_request(m), *(q.request for q in _questions(m, "x" * 120, 0))]
-    return [Request(r.messages, r.max_tokens, tag=str(i)) for i in range(n_features) for r in some]
+    return [Request(r.messages, r.max_tokens, tag=f"{i} {j}") for i in range(n_features) for j, r in enumerate(some)]
 
 
 def marked(passage: Passage, marks: Sequence[bool]) -> str:

@@ -121,7 +121,7 @@ def _heads(about: Source) -> dict[str, dict[str, Any]]:
 
 
 def _feature(card: Mapping[str, Any], about: Source) -> dict[str, Any]:
-    unknown = {
+    unknown: dict[str, list[Any]] = {
         f"{name}_{kind}": []
         for name, kinds in (
             ("neuron_alignment", ("indices", "values", "l1")),

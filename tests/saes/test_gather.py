@@ -96,7 +96,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("kill_at", [1, 3])
+@pytest.mark.parametrize("kill_at", [3, 6])
 def test_killed_it_goes_on_bit_for_bit(place, tmp_path, monkeypatch, kill_at):
     import pvsae.saes.gather as module
 
@@ -148,7 +148,7 @@ def test_packed_rows_keep_documents_apart(place, tmp_path):
             assert row.ids[begin] in sample
         assert all(a[0] < b[0] for a, b in zip(row.parts, row.parts[1:], strict=False))
     whole = [row.parts[i] for row in rows for i in range(1, len(row.parts) - 1)]
-    assert len(whole) > 20
+    assert len(whole) > 10
     evidence = gather(packed, empty(samples=60), 10**9, progress=False)
     for kept in (evidence.top, evidence.sample):
         for slot in range(len(LATENTS)):

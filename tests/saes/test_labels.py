@@ -42,7 +42,8 @@ class Knows:
     def say(self, text: str) -> str:
         passages = re.findall(r"Passage \d+: (.*)", text)
         if "LABEL:" in text:
-            return f"They share a word.\nLABEL: the word {re.findall(r'<< ?(\w+)>>', passages[0])[0]}"
+            shared = re.findall(r"<< ?(\w+)>>", passages[0])[0]
+            return "They share a word.\nLABEL: the word " + shared
         word = re.search(r"stand for: the word (\w+)", text)[1]
         if self.answer is not None:
             return self.answer(len(passages))

@@ -205,8 +205,8 @@ def test_the_plan_says_memory_and_calls(made):
 def test_the_command(made, tmp_path, tiny_folders, capsys):
     _, config = made
     base = [
-        "sae", "features", config.dictionary, "--text", *config.text, "--model", str(tiny_folders("qwen2")), "--features", "5", "40",
-        "--tokens", "300", "--window", "8", "--out", str(tmp_path / "run"),
+        "sae", "features", config.dictionary, "--text", *config.text, "--model", str(tiny_folders("qwen2")),
+        "--features", "5", "40", "--tokens", "300", "--window", "8", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     assert main([*base, "--dry-run"]) == 0
     assert "features    2 (5 40)" in capsys.readouterr().out
