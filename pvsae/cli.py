@@ -257,6 +257,9 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
     measure.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto")
     measure.add_argument("--chat", choices=("auto", "plain"), help="plain: a model without a chat template gets bare text")
     measure.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass (default: 8192)")
+    from pvsae.commands import sae_features
+
+    sae_features.add_parser(kinds, add, _LAST.append, _text)
 
 
 def build_parser() -> argparse.ArgumentParser:

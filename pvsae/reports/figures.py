@@ -325,6 +325,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("l0", l0_figure, ("l0",)),
         ("density", density_figure, ("density", "features")),
     ],
+    "sae_features": [],  # a page of its own (features.py)
 }
 
 

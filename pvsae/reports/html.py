@@ -35,7 +35,7 @@ FIRST = (
     "dictionaries",
 )  # tables to open on; the others follow by name
 HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval")
+ORDER = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "sae_features")
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",

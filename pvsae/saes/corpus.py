@@ -94,10 +94,12 @@ class Row(NamedTuple):
     Attributes:
         ids: [pos] token ids, no padding.
         keep: [pos] the tokens whose activations are wanted.
+        parts: where each sample begins in it: (position, source, the sample's index in the source).
     """
 
     ids: Int32[np.ndarray, " pos"]
     keep: Bool[np.ndarray, " pos"]
+    parts: tuple[tuple[int, int, int], ...] = ()
 
 
 class Corpus:
@@ -279,15 +281,17 @@ class Rows:
         return self
 
     def __next__(self) -> Row:
-        while (tokens := self._fill()) is not None:
+        while (filled := self._fill()) is not None:
+            tokens, begins = filled
             keep = self.corpus.keep(tokens)
             if keep.any():
-                return Row(tokens.ids, keep)
+                return Row(tokens.ids, keep, begins)
         raise StopIteration
 
-    def _fill(self) -> Tokens | None:
-        """The tokens of the next row; None at the end."""
+    def _fill(self) -> tuple[Tokens, tuple[tuple[int, int, int], ...]] | None:
+        """The tokens of the next row, and where its samples begin; None at the end."""
         parts: list[Tokens] = []
+        begins: list[tuple[int, int, int]] = []
         room = self.config.context
         while room > 0:
             rest = self._rest or self._draw()
@@ -299,6 +303,7 @@ class Rows:
                 parts.append(Tokens(np.array([bos], np.int32), np.array([SPECIAL], np.uint8)))
                 room -= 1
             part = Tokens(sample.ids[start : start + room], sample.flags[start : start + room])
+            begins.append((self.config.context - room, source, index))
             parts.append(part)
             room -= len(part.ids)
             end = start + len(part.ids)
@@ -307,7 +312,7 @@ class Rows:
                 break
         if not parts:
             return None
-        return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), tuple(begins)
 
     def _draw(self) -> tuple[int, int, int] | None:
         """The next sample of the next source; None at the end."""
@@ -361,11 +366,11 @@ def _chance(indices: Any, *key: int) -> np.ndarray:
     """A number in [0, 1) for each index, the same for the same index and key: a hash, so that nothing has to be remembered."""
     x: UInt64[np.ndarray, " n"] = np.asarray(indices, dtype=np.uint64)
     for part in key:
-        x = _scrambled(x ^ _scrambled(np.full(1, part & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)))
+        x = scrambled(x ^ scrambled(np.full(1, part & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)))
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _scrambled(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+def scrambled(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     """Steele, Lea and Flood's SplitMix64 (2014): every bit of the result depends on every bit of x. Overflow is meant."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import extract, layers, monitor, sae_eval, sae_train, steer
+    from pvsae.stages import extract, layers, monitor, sae_eval, sae_features, sae_train, steer
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
+    from pvsae.stages.sae_features import SaeFeaturesConfig, SaeFeaturesResult
     from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval")
+STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "sae_features")
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "MonitorResult",
     "SaeEvalConfig",
     "SaeEvalResult",
+    "SaeFeaturesConfig",
+    "SaeFeaturesResult",
     "SaeTrainConfig",
     "SaeTrainResult",
     "SteerConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "layers",
     "monitor",
     "sae_eval",
+    "sae_features",
     "sae_train",
     "steer",
 ]
