@@ -218,6 +218,7 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
         "  pvsae sae train organism --out runs/sae\n"
         "  pvsae sae train organism training.tokens=2e5 training.dictionaries.k='[4,8]'      with other values\n"
         "  pvsae sae train qwen2.5-7b-instruct --dry-run      tokens, steps, memory and time\n"
+        "  torchrun --nproc_per_node 4 -m pvsae sae train my.yaml training.width_shards=2      two halves of the latents\n"
         "  pvsae sae train my.yaml model.device=cuda:1 --log tensorboard wandb",
     )  # fmt: skip
     train.add_argument("config", help="a YAML file, or a name that `pvsae sae list` shows")
@@ -226,8 +227,9 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
     train.add_argument("--dry-run", action="store_true", help="say what it takes in tokens, memory and time, and stop")
     train.add_argument("--log", nargs="+", choices=("tensorboard", "wandb"), help="send metrics there, beside metrics.jsonl")
     train.description = (
-        "Dictionaries from a config: of a model, on text. Killed, it goes on from its last checkpoint when the same command is\n"
-        "given again. Several processes share the work under `torchrun --nproc_per_node 2 -m pvsae sae train CONFIG`."
+        "Dictionaries from a config: of a model, on text. Killed, it goes on from its last checkpoint when the same command\n"
+        "is given again. Several processes share the work under `torchrun --nproc_per_node 2 -m pvsae sae train CONFIG`:\n"
+        "tokens, and with training.width_shards=N latents, N processes for each part of the tokens."
     )
 
     add(kinds, "list", _sae_list, "the configs that come with the package", "  pvsae sae list")

@@ -125,6 +125,13 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(
     assert (finished.path / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_too_few_processes_for_the_shards_are_refused_before_anything_is_loaded(texts, tmp_path) -> None:
+    with pytest.raises(UserError, match="width_shards is 2, and there is one process") as error:
+        sae_train.run(config(texts, width_shards=2), tmp_path / "run", progress=False)  # there is no model called "tiny" to load
+    assert "torchrun --nproc_per_node 2" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dictionary_is_evaluated_on_what_its_training_held_out(finished, tiny_models, tmp_path, monkeypatch) -> None:
     from pvsae.saes import corpus as corpus_module
 
@@ -174,6 +181,14 @@ def test_the_plan_counts_what_the_training_takes(finished, texts, tiny_models, t
     assert found.memory["Adam"] == 2 * arrays
     assert found.memory["shuffle buffer"] == 2 * 2048 * 48 * 2
     assert found.model_seconds > 0 < found.step_seconds
+    halves = replace(wanted.training, width_shards=2)
+    half = demand(shape, torch.float32, torch.device("cpu"), halves, wanted.stream, 64)
+    assert [half.memory[name] for name in ("weights", "Adam", "gradients")] == [
+        found.memory[name] // 2 for name in ("weights", "Adam", "gradients")
+    ]
+    assert half.memory["shuffle buffer"] == found.memory["shuffle buffer"]
+    assert half.checkpoint == found.checkpoint
+    assert "each of 2 processes" in str(half)
     sizes = []
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False, unlink=Path.unlink: (
         sizes.append(self.stat().st_size) if self.name == "checkpoint.pt" else None, unlink(self, missing_ok=missing_ok)
