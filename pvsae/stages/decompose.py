@@ -9,6 +9,7 @@ Without answers (an official file, `activations` off) no model is loaded: cosine
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pvsae.models import ChatModel
     from pvsae.saes.dictionary import SAE
     from pvsae.saes.pursuit import Atoms
+    from pvsae.traits import TraitArtifacts
     from pvsae.vectors.rollouts import Task
 
 TABLES = ("decomposition", "curve", "pursuit", "specificity", "encodings", "encoded", "agreement", "nulls", "lengths", "causal")
@@ -188,7 +190,6 @@ def run(
             vector, a causal test without a model or judge.
     """
     from pvsae.saes.pursuit import Atoms
-    from pvsae.stages.sae_eval import _digest
 
     with open_run(run_dir, "decompose", config) as folder:
         job = prepare(config)
@@ -207,7 +208,7 @@ def run(
         if config.causal:
             assert model is not None
             judge = judge or open_judge(config, model, folder)
-        pin_inputs(folder, model, traits, job.source.known, {f"dictionary {sae.ref}": _digest(sae)})
+        _pin(folder, job, model, traits)
         atoms = Atoms(sae.W_dec)
         cosines = sae.cosines(torch.stack([job.vector(trait) for trait in job.source.known])).cpu()
         known = dict(zip(job.source.known, cosines, strict=True))
@@ -227,6 +228,26 @@ def run(
             folder.table(name, table)
         folder.result({**_summary(job, tables), "costs": costs(judge, before) if config.causal else []})
         return DecomposeResult(tables, job.notes, folder.path)
+
+
+def _pin(folder: RunDir, job: _Job, model: ChatModel | None, traits: Sequence[TraitArtifacts]) -> None:
+    """Refuse to go on with other arrays under the same names than the run began with; a run without a model pins none."""
+    from pvsae.stages.sae_eval import _digest
+
+    digests = {f"dictionary {job.sae.ref}": _digest(job.sae)}
+    if model is not None:
+        pin_inputs(folder, model, traits, job.source.known, digests)
+        return
+    numbers = {name: hashlib.sha256(job.vector(name).numpy().tobytes()).hexdigest() for name in job.source.known}
+    now = {**digests, **{f"vectors of {name}": digest for name, digest in numbers.items()}}
+    before = folder.do_json("inputs", lambda: now)
+    changed = [what for what in now if before.get(what) != now[what]]
+    if changed:
+        raise UserError(
+            f"the {', the '.join(changed)} changed since the run in {folder.path} began",
+            "the same inputs until a run is finished",
+            "choose another --out, or delete that folder",
+        )
 
 
 def _trait(

@@ -282,7 +282,7 @@ def _scores(rollouts: Rollouts, metric: str) -> list[Score]:
 
 def pin_inputs(
     run: RunDir,
-    model: ChatModel | None,
+    model: ChatModel,
     traits: Sequence[TraitArtifacts],
     vectors: Mapping[str, PersonaVectors] | None = None,
     others: Mapping[str, Any] | None = None,
@@ -292,7 +292,6 @@ def pin_inputs(
     To be called when all other checks are passed: a run that stopped at one of them may still be put right.
 
     Args:
-        model: None for a run that needs none.
         others: whatever else was read from files, by what a user would call it; JSON values.
 
     Raises:
@@ -301,7 +300,7 @@ def pin_inputs(
     """
     from pvsae.models.fingerprint import fingerprint
 
-    now = {} if model is None else {"weights of the model (with adapter and dtype)": fingerprint(model)}
+    now = {"weights of the model (with adapter and dtype)": fingerprint(model)}
     now |= {f"texts of {t.name}": t.sha256 for t in traits}
     for name, found in (vectors or {}).items():
         digest = hashlib.sha256()
