@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pvsae.saes.pursuit import Atoms, Pursuit, pursue
@@ -141,6 +141,7 @@ def _decomposition(
         "rank": places[0].numpy(),
         "rank_from_below": places[1].numpy(),
         "beyond_null": (cosines[index].abs() > limit).numpy(),
+        **_own_nulls(sae, given, index),
         "nonnegative": scores["nonnegative"][index].numpy(),
         "signed": scores["signed"][index].numpy(),
     }
@@ -160,6 +161,17 @@ def _decomposition(
     if sae.info.neuronpedia:
         columns["page"] = [f"https://www.neuronpedia.org/{sae.info.neuronpedia}/{latent}" for latent in latents]
     return pd.DataFrame(columns)
+
+
+def _own_nulls(sae: SAE, given: Inputs, latents: Int[Tensor, " n"]) -> dict[str, Any]:
+    """The |cosine| that 95% of the shuffled pairs' vectors do not reach with this very latent: a latent of a subject that answers
+    differ in by chance has a high one. It asks about a latent named beforehand; `beyond_null` about the best of all."""
+    if given.nulls is None:
+        return {}
+    rows = sae.W_dec[latents.to(sae.device)].float().cpu()
+    unit = torch.nn.functional.normalize(given.nulls, dim=1)
+    found = (unit @ torch.nn.functional.normalize(rows, dim=1).T).abs()
+    return {"own_null": found.quantile(0.95, dim=0).numpy()}
 
 
 def _list(scores: Float[Tensor, " d_sae"], top: int) -> list[int]:
