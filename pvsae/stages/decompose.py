@@ -264,9 +264,10 @@ def _trait(
 
     from pvsae.saes.ranking import shuffled
 
-    config, notes = job.config, []
+    config, notes = job.config, list[str]()
     answers = answers_of(job.source.rollouts, trait) if model is not None and config.activations else None
-    encodings, differences, numbers = None, None, {}
+    encodings, differences = None, None
+    numbers: dict[str, Any] = {}
     if answers is not None and model is not None:
         with folder.step(f"{trait}/encodings") as step:
             if not step.done:

@@ -39,7 +39,7 @@ def dictionary(folder, model, *planted: torch.Tensor, **info) -> str:
     rows = sae.W_dec.clone()
     for i, direction in enumerate(planted):
         rows[i] = torch.nn.functional.normalize(direction, dim=0)
-    made = SAE(rows.T, sae.b_enc, rows, sae.b_dec, sae.threshold, info=SAEInfo(**{"model": "tiny", "block": BLOCK, **info}))
+    made = SAE(rows.T, sae.b_enc, rows, sae.b_dec, sae.threshold, info=SAEInfo(**{"model": "qwen2", "block": BLOCK, **info}))
     save(made, folder)
     return str(folder)
 
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(made, tmp_path):
         "layer 0 is no block's output": {"layer": 0},
         "both block 1 and layer 2": {"block": 1, "layer": 2},
         "reads hook_mlp_out": {"dictionary": dictionary(tmp_path / "mlp", model, site="hook_mlp_out")},
-        "are of tiny, .* is of other/model": {"dictionary": dictionary(tmp_path / "other", model, model="other/model")},
+        "are of .*qwen2, .* is of other/model": {"dictionary": dictionary(tmp_path / "other", model, model="other/model")},
         "does not say which block": {"dictionary": dictionary(tmp_path / "nowhere", model, block=None)},
         "there is no dictionary": {"dictionary": str(tmp_path / "nothing")},
         "no vectors of 'cheerful'": {"traits": ("cheerful",)},
