@@ -33,7 +33,7 @@ def extracted(tmp_path_factory, tiny_models, stage_library):
     return path
 
 
-def dictionary(folder, model, *planted: torch.Tensor, **info) -> str:
+def dictionary(folder, model, /, *planted: torch.Tensor, **info) -> str:
     """A random dictionary of 96 latents, whose first rows are the planted directions."""
     sae = make_sae(3, d_model=model.d_model, d_sae=96, threshold=1.0)
     rows = sae.W_dec.clone()
@@ -162,7 +162,7 @@ def test_a_dictionary_of_scaled_activations_is_recognised(tmp_path):
     sae = make_sae()
     assert check_scale(measured(0.3, 5.0), sae) == []
     assert check_scale(measured(0.95, 0.2), sae) == [], "a poor dictionary is no proof"
-    with pytest.raises(UserError, match=r"3.*unexplained, and 0.2.*multiplied by 0.115.*--scale 0.115"):
+    with pytest.raises(UserError, match=r"(?s)3.*unexplained, and 0.2.*multiplied by 0.115.*--scale 0.115"):
         check_scale(measured(3.0, 0.2), sae)
     assert "cannot be trusted" not in "".join(check_scale(measured(1.0, 2.0), sae))
     assert "can be trusted" in "".join(check_scale(measured(3.0, 2.5), sae))
