@@ -387,6 +387,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--conversation", metavar="FILE", help='JSON [{"role": ..., "content": ...}, ...] to trace token by token'
     )
 
+    from pvsae.commands import decompose
+
+    run = _stage("decompose", "DecomposeConfig", decompose.shown)
+    decompose.add_parser(commands, add, run, _add_setup)
+
     _add_sae(commands, add)
 
     report = add(

@@ -22,7 +22,7 @@ from tests.plugin import make_plugin
 from tests.saes.corpora import write_texts
 
 COMMANDS = [
-    "demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "report",
+    "demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "decompose", "report",
     "sae train", "sae eval", "sae list",
 ]  # fmt: skip
 

@@ -28,11 +28,19 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_the_command_line_examples(tmp_path: Path) -> None:
     (script,) = blocks("bash")
-    assert script.count("pvsae ") == 7
+    assert script.count("pvsae ") == 8
     out = run(["bash", "-euo", "pipefail", "-c", script], tmp_path)
     page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
-    assert out.count("report:") == 6
-    titles = ("Extraction", "Choice of the block", "Steering", "Monitoring", "Training of", "Evaluation of a dictionary")
+    assert out.count("report:") == 7
+    titles = (
+        "Extraction",
+        "Choice of the block",
+        "Steering",
+        "Monitoring",
+        "Training of",
+        "Evaluation of a dictionary",
+        "Decomposition",
+    )
     assert all(title in page for title in titles)
 
 

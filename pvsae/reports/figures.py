@@ -303,6 +303,19 @@ def training_figure(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
+# ------------------------------------------------------------------------------------------------------- decompositions
+def _decomposition(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.decomposition import decomposition_figure
+
+    return decomposition_figure(*tables)
+
+
+def _causal(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.decomposition import causal_figure
+
+    return causal_figure(*tables)
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -317,6 +330,10 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
     "monitor": [
         ("monitoring", monitoring_figure, ("points", "correlations")),
         ("trace", trace_figure, ("trace",)),
+    ],
+    "decompose": [
+        ("decomposition", _decomposition, ("decomposition", "curve", "nulls")),
+        ("causal", _causal, ("causal",)),
     ],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [

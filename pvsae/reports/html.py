@@ -29,13 +29,14 @@ FIRST = (
     "layers",
     "steering",
     "correlations",
+    "decomposition",
     "quality",
     "loss",
     "agreement",
     "dictionaries",
 )  # tables to open on; the others follow by name
 HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "sae_features")
+ORDER = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -54,6 +55,12 @@ CAPTIONS = {
         "Each point is one prompt: where its last token lies along the vector before anything is answered, and how the answer "
         "is then scored. Dark to light: from strongly suppressing to strongly eliciting prompts."
     ),
+    "decomposition": (
+        "Left: latents of the highest cosines with the vector, from both ends; between the dashed lines lie 95% of the nulls. "
+        "Middle: how much of the vector the first atoms of a pursuit explain, beside a random direction (grey). Right: cosine "
+        "against the difference of encodings, of the latents that any method lists."
+    ),
+    "causal": "Trait score (bars, 95% interval) and coherence (dots) when the model is steered with each part by itself.",
     "training": "Unexplained variance, active latents a token and dead latents at each logged step of training.",
     "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
     "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",

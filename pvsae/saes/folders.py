@@ -277,7 +277,7 @@ def _info(config: Mapping[str, Any], dtype: torch.dtype) -> SAEInfo:
         return SAEInfo.from_dict({**own, "dtype": name})
     hook = metadata.get("hook_name")
     match = _HOOK.match(hook) if isinstance(hook, str) else None
-    block, site = (int(match[1]), match[2]) if match else (None, "resid_post")
+    block, site = (int(match[1]), match[2]) if match else (None, str(hook or "resid_post"))
     notes = () if match or hook is None else (f"its site {hook!r} is not the output of a block",)
     if site == "resid_pre" and block:
         # What goes into block b is what came out of the one before it.

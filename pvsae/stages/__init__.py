@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import extract, layers, monitor, sae_eval, sae_features, sae_train, steer
+    from pvsae.stages import decompose, extract, layers, monitor, sae_eval, sae_features, sae_train, steer
+    from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "sae_features")
+STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
     "STAGES",
+    "DecomposeConfig",
+    "DecomposeResult",
     "ExtractConfig",
     "ExtractResult",
     "LayersConfig",
@@ -41,6 +44,7 @@ __all__ = [
     "SaeTrainResult",
     "SteerConfig",
     "SteerResult",
+    "decompose",
     "extract",
     "layers",
     "monitor",

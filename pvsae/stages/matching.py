@@ -1,0 +1,253 @@
+"""Whether a persona vector and a dictionary belong together (model, block, site, scale), and which answers the vector came from.
+
+Knows: what vectors and dictionaries say of themselves, the layer numbers that people give, the run folder of `pvsae extract`.
+Does not know: what is computed with them.
+
+A dictionary of another place gives numbers as smooth as those of the right one, so everything that can be checked is, and what
+nobody can know is said in `notes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvsae.errors import UserError
+from pvsae.runs import read_json
+
+if TYPE_CHECKING:
+    from pvsae.models import ChatModel
+    from pvsae.saes.dictionary import SAE
+    from pvsae.saes.encodings import Encodings
+    from pvsae.vectors import PersonaVectors, Rollouts
+
+WORSE_THAN_MEAN, MUCH_BETTER = (
+    1.0,
+    0.9,
+)  # unexplained variance that no dictionary of the place has, and what a factor has to reach
+
+
+def open_dictionary(name: str, scale: float | None) -> SAE:
+    """The dictionary; with `scale`, one that was trained on activations times that factor. UserError where it cannot be had."""
+    from pvsae.saes.folders import SCALER, load
+
+    if scale is None:
+        return load(name)
+    if (Path(name).expanduser() / SCALER).is_file():
+        return load(name, scale=scale)
+    try:
+        found = load(name)
+    except UserError:  # it says that there was a factor, and not which: the loader takes ours
+        return load(name, scale=scale)
+    return found.unscaled(scale)
+
+
+def block_number(block: int | None, layer: int | None, sae: SAE) -> int:
+    """The block, counted from 0: as given, or from a layer in the numbering of hidden_states (official files, the paper), or the
+    dictionary's own.
+
+    Raises: UserError for both, for the embeddings (layer 0), and where nobody says it.
+    """
+    if block is not None and layer is not None:
+        raise UserError(f"both block {block} and layer {layer} are given", "one of them", f"layer {layer} is block {layer - 1}")
+    if layer is not None:
+        if layer < 1:
+            raise UserError(
+                f"layer {layer} is no block's output: row 0 of hidden_states is the embedding",
+                "a layer from 1, in the numbering of hidden_states",
+                "--layer L for row L of an official file, which is --block L-1",
+            )
+        return layer - 1
+    block = sae.info.block if block is None else block
+    if block is None:
+        raise UserError(
+            f"{sae.ref} does not say which block it belongs to", "a block, counted from 0", "--block B, or --layer B+1"
+        )
+    return block
+
+
+def check_pair(vectors: PersonaVectors, sae: SAE, block: int, *, model: str | None, other_model: bool) -> list[str]:
+    """What could not be checked, in words.
+
+    Args:
+        model: the model's name, where the user gave one.
+        other_model: take a dictionary of another model of the same width all the same.
+
+    Raises: UserError where width, site, block or model differ, or where the vectors have no usable row at the block.
+    """
+    if vectors.d_model != sae.d_model:
+        raise UserError(
+            f"the vectors of {vectors.trait!r} have d_model {vectors.d_model}, {sae.ref} has {sae.d_model}",
+            "a vector and a dictionary of one model" + (f" (the dictionary says {sae.info.model})" if sae.info.model else ""),
+            "take the dictionary of the model that the vectors came from",
+        )
+    if sae.info.site != "resid_post":
+        raise UserError(
+            f"{sae.ref} reads {sae.info.site}, and persona vectors are of the residual after a block (resid_post)",
+            "a dictionary of resid_post",
+            "no conversion exists: its features are directions of another space",
+        )
+    if sae.info.block is not None and sae.info.block != block:
+        raise UserError(
+            f"{sae.ref} belongs to block {sae.info.block}, the vector is asked for at block {block}",
+            f"one block; block {sae.info.block} is layer {sae.info.block + 1} in the numbering of hidden_states",
+            f"leave --block and --layer out, or take a dictionary of block {block}",
+        )
+    vectors.check_block(block)
+    notes = [f"Of the dictionary: {note}" for note in sae.info.notes]
+    if sae.info.block is None:
+        notes.append(f"The dictionary does not say which block it is of; block {block} was given.")
+    source = vectors.meta.get("model", {}).get("name") or model
+    if source is None:
+        notes.append("The vector file does not say which model it is of; only its width could be checked.")
+    elif sae.info.model is None:
+        notes.append("The dictionary does not say which model it is of; only its width could be checked.")
+    elif not same_model(source, sae.info.model):
+        said = f"the vectors of {vectors.trait!r} are of {source}, {sae.ref} is of {sae.info.model}"
+        if not other_model:
+            raise UserError(
+                said,
+                "a vector and a dictionary of one model",
+                "--other-model, if the models are close relatives (a base model and its finetune) and you mean it",
+            )
+        notes.append(f"Two models, by --other-model: {said}.")
+    return notes
+
+
+def same_model(first: str, second: str) -> bool:
+    """Whether two names mean one model: the last part counts, since a folder and a hub id may hold the same; adapters do not."""
+    one, two = (name.partition("+")[0].rstrip("/").rpartition("/")[2].lower() for name in (first, second))
+    return one == two
+
+
+def check_scale(found: Encodings, sae: SAE) -> list[str]:
+    """A note where the dictionary explains little of the residuals that it was shown.
+
+    Raises: UserError where it explains less than their mean does, and much once they are scaled: it was trained on scaled
+        activations, and its file does not say so.
+    """
+    if found.fvu <= WORSE_THAN_MEAN:
+        return []
+    if found.fvu_scaled < MUCH_BETTER:
+        raise UserError(
+            f"{sae.ref} leaves {found.fvu:.3g} of the variance of this block's residuals unexplained, and {found.fvu_scaled:.3g} "
+            f"once they are multiplied by {found.scale:.4g}: it was trained on scaled activations",
+            "weights into which the factor was folded, or the factor",
+            f"--scale {found.scale:.4g}, or better the factor that its training used",
+        )
+    return [
+        f"The dictionary explains these residuals worse than their mean does (unexplained: {found.fvu:.3g}). It is not "
+        "trained, or of another model, block or scale than it says: nothing below that reads activations can be trusted."
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- vectors and their answers
+@dataclass(frozen=True)
+class Source:
+    """Where vectors came from.
+
+    Attributes:
+        vectors: of the traits to decompose.
+        known: of every trait that there is beside them, those included.
+        rollouts: the run folder of `pvsae extract` with the judged answers, or None.
+    """
+
+    vectors: dict[str, PersonaVectors]
+    known: dict[str, PersonaVectors]
+    rollouts: Path | None
+
+
+def find_source(
+    path: str | Path, traits: Sequence[str], statistic: str, *, others: Sequence[str] = (), rollouts: str | None = None
+) -> Source:
+    """Reads vectors and looks for their relatives: the other traits of a run folder, or the files beside an official one.
+
+    Args:
+        path: run folder of `pvsae extract`, a .safetensors or an official .pt file.
+        traits: of a folder, those to decompose (none: all); of one file, at most its own name, or another for an official one.
+        others: further files of known traits.
+        rollouts: run folder with the answers, where it is not `path`.
+
+    Raises: UserError for nothing there, a trait that is not there, no such statistic, relatives of another shape.
+    """
+    from pvsae.stages.inputs import read_vectors
+    from pvsae.vectors import PersonaVectors, read_official
+
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+        wanted = [Path(t).stem if t.endswith(".json") else t.rpartition("/")[2] for t in traits] or names
+        if not wanted:
+            raise UserError(f"no vectors in {path}", "the run folder of `pvsae extract`", "extract vectors first")
+        vectors = {name: read_vectors(path, name, statistic) for name in wanted}
+        known = {name: vectors.get(name) or read_vectors(path, name, statistic) for name in names}
+        answers: Path | None = path
+    else:
+        if len(traits) > 1:
+            raise UserError(f"{path} holds one trait, {len(traits)} are given", "one name", "give the run folder for several")
+        if path.suffix == ".pt":
+            one = read_official(path, traits[0] if traits else None)
+            one.of(statistic)
+        elif path.suffix == ".safetensors" and path.is_file():
+            stored = PersonaVectors.load(path)
+            one = read_vectors(path, traits[0] if traits else stored.trait, statistic)
+        else:
+            one = read_vectors(path, traits[0] if traits else "", statistic)  # says what is wrong with the path
+        vectors = known = {one.trait: one}
+        for relative in sorted(path.parent.glob(f"*_{statistic}.pt")) if path.suffix == ".pt" else ():
+            if relative != path:
+                other = read_official(relative)
+                if (other.n_blocks, other.d_model) == (one.n_blocks, one.d_model):
+                    known = {**known, other.trait: other}
+        answers = None
+    for name in others:
+        file = Path(name)
+        other = read_official(file) if file.suffix == ".pt" else PersonaVectors.load(file)
+        other.of(statistic)
+        known = {**known, other.trait: other}
+    first = next(iter(vectors.values()))
+    for trait, other in known.items():
+        if (other.n_blocks, other.d_model) != (first.n_blocks, first.d_model):
+            raise UserError(
+                f"the vectors of {trait!r} are [{other.n_blocks}, {other.d_model}], those of {first.trait!r} "
+                f"[{first.n_blocks}, {first.d_model}]",
+                "vectors of one model",
+            )
+    return Source(vectors, known, Path(rollouts) if rollouts else answers)
+
+
+def extraction_config(folder: Path | None) -> dict[str, Any]:
+    """Options of the `pvsae extract` run in a folder; empty where there is none."""
+    file = folder / "config.json" if folder is not None else None
+    stored = read_json(file, "the run's config") if file is not None and file.is_file() else {}
+    return dict(stored.get("config", {})) if stored.get("command") == "extract" else {}
+
+
+def answers_of(folder: Path | None, trait: str) -> tuple[Rollouts, Rollouts] | None:
+    """The judged answers of both polarities, or None where the folder has none of the trait."""
+    from pvsae.vectors import Rollouts
+
+    files = [folder / trait / f"rollouts_{p}" / "rollouts.parquet" for p in ("pos", "neg")] if folder is not None else []
+    if not files or not all(file.is_file() for file in files):
+        return None
+    return Rollouts.load(files[0]), Rollouts.load(files[1])
+
+
+def kept_pairs(model: ChatModel, vectors: PersonaVectors, answers: tuple[Rollouts, Rollouts], most: int | None) -> Any:
+    """(rendered pos rows, rendered neg rows, question of each pair) of the pairs that the vector was made of, at most `most` of
+    them, spread evenly."""
+    from pvsae.vectors import filter_pairs
+    from pvsae.vectors.extraction import render_rows
+
+    pos, neg = answers
+    recipe = vectors.meta.get("recipe", {})
+    limits = {key: float(recipe[key]) for key in ("threshold", "coherence_floor") if key in recipe}
+    kept = list(filter_pairs(pos, neg, vectors.trait, **limits).kept)
+    if most is not None and len(kept) > most:
+        kept = [kept[i * len(kept) // most] for i in range(most)]
+    rows = render_rows(model, pos, kept), render_rows(model, neg, kept)
+    full = [i for i, pair in enumerate(zip(*rows, strict=True)) if all(r.answer[1] > r.answer[0] for r in pair)]
+    questions = [int(pos.table["question_index"].iloc[kept[i]]) for i in full]
+    return [rows[0][i] for i in full], [rows[1][i] for i in full], questions
