@@ -15,7 +15,7 @@ FLOORS = {
     "models": 1, "judges": 1, "traits": 1,
     "organism": 2, "vectors": 2, "saes": 2,
     "stages": 3, "reports": 4,
-    "demo": 5, "cli": 5, "__main__": 5,
+    "demo": 5, "commands": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 # The package's own front door re-exports everything lazily.
 ANYTHING = {"__init__"}

@@ -62,11 +62,9 @@ class _StepARow:
 
 def promoted(model: ChatModel, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
     """Logits of directions alone, through the model's final norm and unembedding (the logit lens of a decoder row), in fp32."""
-    norm = next(
-        (getattr(model.decoder, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(model.decoder, name)), None
-    )
-    if norm is None:
-        raise UserError(f"the final norm of {model.name} was not found", "a decoder with norm, ln_f or final_layer_norm")
+    found = [getattr(model.decoder, name) for name in NORMS if hasattr(model.decoder, name)]
+    if not found:
+        raise UserError(f"the final norm of {model.name} was not found", "a decoder with " + " or ".join(NORMS))
     with torch.no_grad(), model.stack.suspended():
         return model.hf.get_output_embeddings()(found[0](rows.to(model.device, model.dtype))).float()
 

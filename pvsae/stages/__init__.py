@@ -13,21 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import extract, layers, monitor, sae_eval, sae_train, steer
+    from pvsae.stages import extract, feature_steer, layers, monitor, sae_eval, sae_train, steer
     from pvsae.stages.extract import ExtractConfig, ExtractResult
+    from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
     from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval")
+STAGES = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval")
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
     "STAGES",
     "ExtractConfig",
     "ExtractResult",
+    "FeatureSteerConfig",
+    "FeatureSteerResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "SteerConfig",
     "SteerResult",
     "extract",
+    "feature_steer",
     "layers",
     "monitor",
     "sae_eval",

@@ -17,7 +17,7 @@ from pvsae.vectors.rollouts import Rollouts
 
 TIMES = 5.0  # of what it does without steering
 COHERENT = 70.0
-LEAST = 1.0  # facet scores below it count as this much: a share of nothing has no multiples
+LEAST = 2.0  # facet scores below it count as this much: nothing has no multiples, and one sentence is chance
 
 
 def facet_scores(rollouts: Rollouts) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def specificity(
     times: float = TIMES,
     coherent: float = COHERENT,
 ) -> pd.DataFrame:
-    """Which steered conditions raise one facet of a trait: a row each (trait, condition, feature, of), best strength first chosen.
+    """Which steered conditions raise one facet of a trait, each at its best strength: a row a (trait, condition, feature, of).
 
     A condition is specific where, at one strength, its facet's score is at least `times` what it is without steering (scores
     below LEAST count as LEAST there), higher than that of every other facet of the trait, and coherence is at least `coherent`.
@@ -101,9 +101,9 @@ def specificity(
     keys = ["trait", "condition", "feature", "of"]
     scores = facets.pivot_table(index=[*keys, "coef"], columns="facet", values="score", sort=False)
     for (trait, condition, feature, of), part in table.groupby(keys, sort=False):
-        base = scores.xs(trait, level="trait").xs("unsteered", level="condition").iloc[0].dropna() if len(scores) else []
-        if condition == "unsteered" or condition.startswith("prompt") or not len(base):
+        if condition == "unsteered" or condition.startswith("prompt") or trait not in set(facets["trait"]):
             continue
+        base = scores.xs(trait, level="trait").xs("unsteered", level="condition").iloc[0].dropna()
         best: dict[str, object] | None = None
         for row in part[part["coherence"] >= coherent].to_dict("records"):
             here = scores.loc[(trait, condition, feature, of, row["coef"])].reindex(base.index)

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvsae.errors import UserError
-from pvsae.runs import read_json
-from pvsae.saes.activity import LatentActivity, check_index, measure, own_text
+from pvsae.saes.activity import check_index
 from pvsae.saes.dictionary import SAE
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel, Intervention
-    from pvsae.saes.evaluate import MarkedTokens
 
 MODES = ("add", "clamp", "ablate")
 FEATURE_UNITS = ("max", "raw")
@@ -130,45 +128,3 @@ def open_features(words: Sequence[str], model: ChatModel, block: int | None = No
         label = str(name.index) if len(sources) == 1 else f"{short[name.source]}:{name.index}"
         out.append(Feature(label, sae, check_index(sae, name.index), where))
     return out
-
-
-def activity_of_run(folder: str | Path, sae: SAE) -> LatentActivity | None:
-    """What a `pvsae sae eval` run counted of this dictionary, or None where it was of another one (the arrays decide).
-
-    Raises: UserError for a folder that is no such run, or not a finished one.
-    """
-    import pandas as pd
-    import torch
-
-    from pvsae.stages.sae_eval import _digest
-
-    folder = Path(folder)
-    table, result, inputs = (folder / name for name in ("tables/features.csv", "result.json", "inputs/value.json"))
-    if not (table.is_file() and result.is_file() and inputs.is_file()):
-        raise UserError(f"{folder} holds no finished evaluation of a dictionary", "the run folder of `pvsae sae eval`")
-    digest = _digest(sae)
-    if digest not in read_json(inputs, "inputs of a run").values():
-        return None
-    frame = pd.read_csv(table).sort_values("latent")
-    if len(frame) != sae.d_sae:
-        return None
-    tokens = int(read_json(result, "result of a run")["numbers"]["tokens kept"])
-    density, highest = (torch.tensor(frame[name].to_numpy(dtype="float32")) for name in ("density", "max"))
-    return LatentActivity(density, highest, tokens, f"evaluation in {folder}", sae)
-
-
-def activity_of_text(
-    sae: SAE,
-    model: ChatModel,
-    block: int,
-    tokens: int,
-    *,
-    rows: Sequence[MarkedTokens] = (),
-    source: str = "answers",
-    progress: str | None = None,
-) -> LatentActivity | None:
-    """A count on the text that the dictionary's training held out, else on `rows`; None where there is neither."""
-    own = own_text(sae, model, tokens)
-    if own:
-        return measure(sae, model, own, "text that the dictionary's training held out", block=block, progress=progress)
-    return measure(sae, model, rows, source, block=block, progress=progress) if rows else None
