@@ -8,7 +8,7 @@ import torch
 from pvsae.errors import UserError
 from pvsae.models import AddFeature, Residual
 from pvsae.saes.dictionary import SAE, SAEInfo
-from pvsae.saes.output_score import FACTOR, K, PREFIX, output_scores, promoted
+from pvsae.saes.output_score import FACTOR, PREFIX, K, output_scores, promoted
 
 TOKENS = (7, 40, 200)  # promoted by latents 0, 1, 2; the other latents are random directions
 
