@@ -184,7 +184,7 @@ def feature_steering_figure(table: pd.DataFrame, facets: pd.DataFrame | None) ->
             plain = of[of["condition"] == "unsteered"]
             for i, facet in enumerate(_names(mine["facet"])):
                 curve = _with_origin(mine[mine["facet"] == facet], plain[plain["facet"] == facet]).sort_values("coef")
-                colour = (RED, GREEN, PURPLE, SKY, YELLOW)[i % 5]
+                colour = (RED, GREEN, PURPLE, YELLOW, SKY)[i % 5]
                 ax.plot(curve["coef"], curve["score"], color=colour, lw=1.0, marker=".", ms=4, label=facet)
         _title(ax, f"{trait}, {feature}", f"block {own['block'].iloc[0]}")
         _score_axis(ax)
