@@ -80,13 +80,14 @@ def _steer(args: argparse.Namespace) -> None:
 
 
 def _sae_train(args: argparse.Namespace) -> None:
+    from pvsae.saes import shipped
     from pvsae.stages import sae_train
 
     config = sae_train.load_config(args.config, args.settings)
     if getattr(args, "dry_run", False):
         print(sae_train.plan(config))
         return
-    out = Path(getattr(args, "out", None) or f"runs/sae-{Path(args.config).stem}")
+    out = Path(getattr(args, "out", None) or f"runs/sae-{shipped.find(args.config).stem}")
     _LAST.append(out)
     result = sae_train.run(config, out, logs=tuple(getattr(args, "log", ())))
     if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one speaks
@@ -226,6 +227,7 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
         "  pvsae sae train organism --out runs/sae\n"
         "  pvsae sae train organism training.tokens=2e5 training.dictionaries.k='[4,8]'      with other values\n"
         "  pvsae sae train qwen2.5-7b-instruct --dry-run      tokens, steps, memory and time\n"
+        "  torchrun --nproc_per_node 4 -m pvsae sae train my.yaml training.width_shards=2      two halves of the latents\n"
         "  pvsae sae train my.yaml model.device=cuda:1 --log tensorboard wandb",
     )  # fmt: skip
     train.add_argument("config", help="a YAML file, or a name that `pvsae sae list` shows")
@@ -234,8 +236,9 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
     train.add_argument("--dry-run", action="store_true", help="say what it takes in tokens, memory and time, and stop")
     train.add_argument("--log", nargs="+", choices=("tensorboard", "wandb"), help="send metrics there, beside metrics.jsonl")
     train.description = (
-        "Dictionaries from a config: of a model, on text. Killed, it goes on from its last checkpoint when the same command is\n"
-        "given again. Several processes share the work under `torchrun --nproc_per_node 2 -m pvsae sae train CONFIG`."
+        "Dictionaries from a config: of a model, on text. Killed, it goes on from its last checkpoint when the same command\n"
+        "is given again. Several processes share the work under `torchrun --nproc_per_node 2 -m pvsae sae train CONFIG`:\n"
+        "tokens, and with training.width_shards=N latents, N processes for each part of the tokens."
     )
 
     add(kinds, "list", _sae_list, "the configs that come with the package", "  pvsae sae list")

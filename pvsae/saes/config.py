@@ -28,9 +28,10 @@ from pvsae.saes.shipped import find
 from pvsae.saes.stream import StreamConfig
 from pvsae.saes.trainer import DictionaryConfig, TrainConfig
 
-# What may change between the start of a training and its end: none of it moves a number.
+# What may change between the start of a training and its end: none of it moves a number. (A checkpoint refuses other shards.)
 _FREE = {
-    "about": None, "model": ("device",), "stream": ("overlap", "buffer_device"), "training": ("log_every", "checkpoint_every"),
+    "about": None, "model": ("device",), "stream": ("overlap", "buffer_device"),
+    "training": ("log_every", "checkpoint_every", "width_shards"),
 }  # fmt: skip
 
 

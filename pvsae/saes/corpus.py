@@ -53,7 +53,7 @@ class CorpusConfig:
         skip_special: leave special tokens out.
         drop_first: leave the first so many tokens of each row out: attention sinks (the paper's dictionaries: 8 on Qwen, 1 on
             Llama).
-        held_out: share of the samples that training never sees.
+        held_out: share of the samples that training never sees. Which ones depends on their contents and the seed alone.
         repeat: never end; each source starts over, in another order, when it runs out.
         seed: of order, mixture, held-out share and system prompts.
     """
@@ -149,7 +149,7 @@ class Corpus:
         limit = self.config.context if self.config.fit == "cut" else None
         strip = source.strip_system if reader.kind == "chat" else 0.0
         key = [
-            1, reader.content, self.tokeniser.fingerprint, reader.kind, reader.field, limit, chunk_tokens, source.max_samples,
+            2, reader.content, self.tokeniser.fingerprint, reader.kind, reader.field, limit, chunk_tokens, source.max_samples,
             dict(source.roles), source.separator if reader.kind == "text" else None, strip, (seed, index) if strip else None,
         ]  # fmt: skip
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
@@ -226,17 +226,24 @@ class Corpus:
             chunk = store.chunk(group)
             if chunk is None:
                 return None
-            first, n = chunk.first, chunk.samples
+            first, keys = chunk.first, chunk.keys()
         elif group:
             return None
         else:
-            first, n = 0, store.samples
-        indices = np.arange(first, first + n)
-        apart = _chance(indices, self.config.seed, HELD_OUT, source) < self.config.held_out
+            first, keys = 0, store.keys()
+        indices = np.arange(first, first + len(keys))
+        apart = self.held_out(keys)
         if held_out:
             return indices[apart]
         kept = indices[~apart]
         return kept[np.random.default_rng((self.config.seed, SHUFFLE, source, epoch, group)).permutation(len(kept))]
+
+    def held_out(self, keys: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which samples training never sees, by the hashes of their contents.
+
+        So it is the same ones whatever sources they are read from, in whatever order, and no copy of one is trained on.
+        """
+        return _chance(keys, self.config.seed, HELD_OUT) < self.config.held_out
 
     def keep(self, tokens: Tokens) -> Bool[np.ndarray, " pos"]:
         """Which tokens of a row are wanted."""
@@ -346,8 +353,7 @@ class Rows:
 
     def _any(self, source: int) -> bool:
         """Whether a source has training samples at all, so that starting over leads somewhere."""
-        n = self.corpus.stores[source].samples
-        return bool((_chance(np.arange(n), self.config.seed, HELD_OUT, source) >= self.config.held_out).any())
+        return not bool(self.corpus.held_out(self.corpus.stores[source].keys()).all())
 
 
 # ------------------------------------------------------------------------------------------------------------------- chance

@@ -27,7 +27,7 @@ WEIGHT, MOMENTS, GRADIENT = 4, 8, 4  # bytes a parameter in fp32
 
 @dataclass(frozen=True)
 class Demand:
-    """What a training takes in one process.
+    """What a training takes in each of the processes that share its latents, and otherwise in one.
 
     Attributes:
         tokens, steps: of training.
@@ -51,7 +51,8 @@ class Demand:
         lines = [
             f"tokens    {self.tokens:,} in {self.steps:,} steps of {self.tokens // self.steps:,}",
             f"memory    {_bytes(sum(self.memory.values()))}: {parts}",
-            f"disk      {_bytes(self.checkpoint)} for the checkpoint while it runs, {_bytes(self.saved)} for the dictionaries",
+            f"disk      {_bytes(2 * self.checkpoint)} for the checkpoint and the one that replaces it, while it runs; "
+            f"{_bytes(self.saved)} for the dictionaries",
         ]
         if self.model_seconds is not None and self.step_seconds is not None:
             both = self.model_seconds + self.step_seconds
@@ -78,7 +79,10 @@ def demand(
         context: tokens a row.
         measure: whether to estimate the time, which takes a few seconds of work on the device.
     """
+    shards = training.width_shards
     parameters = sum(2 * d.d_sae * shape.d_model + d.d_sae + shape.d_model for d in training.dictionaries)
+    held = -(-parameters // shards)
+    largest = max(2 * d.d_sae * shape.d_model for d in training.dictionaries)
     buffer = stream.buffer_tokens * shape.d_model * DTYPES[stream.dtype].itemsize * len(training.blocks)
     elsewhere = f" (on {stream.buffer_device})" if stream.buffer_device and stream.buffer_device != device.type else ""
     blocks = max(training.blocks) + 1
@@ -86,22 +90,29 @@ def demand(
     memory = {
         "model": shape.parameters * dtype.itemsize,
         "one forward pass": stream.batch_tokens * (widest // 2 + 4 * shape.d_model) * dtype.itemsize,
-        "weights": parameters * WEIGHT,
-        "Adam": parameters * MOMENTS,
-        "gradients": max(2 * d.d_sae * shape.d_model for d in training.dictionaries) * GRADIENT,
+        "weights": held * WEIGHT,
+        "Adam": held * MOMENTS,
+        "gradients": largest // shards * GRADIENT,
         f"shuffle buffer{elsewhere}": buffer,
     }
+    if shards > 1:
+        memory["a whole dictionary at the end (in the main memory of the first process)"] = largest * WEIGHT
     tokens = training.steps * training.batch
-    made = Demand(tokens, training.steps, memory, parameters * (WEIGHT + MOMENTS) + buffer, parameters * WEIGHT)
+    shared = (
+        f"for each of {shards} processes that share the latents (torchrun --nproc_per_node {shards}); with n times as many the "
+        "time is an nth",
+    ) if shards > 1 else ()  # fmt: skip
+    made = Demand(tokens, training.steps, memory, parameters * (WEIGHT + MOMENTS) + buffer, parameters * WEIGHT, notes=shared)
     if not measure:
         return made
     rate = _product_rate(shape.d_model, dtype, device, min(stream.batch_tokens, 2048))
     # Attention: each token's products with half a row of keys and of values.
-    work = 2.0 * tokens * (sum(shape.block_parameters[:blocks]) + blocks * context * shape.d_model)
-    seconds = [_step_seconds(shape.d_model, d, training, device) for d in training.dictionaries]
+    work = 2.0 * tokens / shards * (sum(shape.block_parameters[:blocks]) + blocks * context * shape.d_model)
+    seconds = [_step_seconds(shape.d_model, d, training, device) / shards for d in training.dictionaries]
     shares = [_share(shape.d_model, d) for d in training.dictionaries]
     scaled = f", timed on 1/{round(1 / min(shares))} of the latents" if min(shares) < 1 else ""
     notes = (
+        *shared,
         f"on this {device.type}: {sum(seconds):,.3f} s a step{scaled}; {blocks} of {shape.n_blocks} blocks with "
         f"{sum(shape.block_parameters[:blocks]) / 1e6:,.1f}M parameters",
         f"at the {rate / 1e12:.3g} teraflops that products of its width reach; tokens that are left out come on top",

@@ -1,7 +1,9 @@
 """One optimiser step of a BatchTopK dictionary: sparse but for the encoder's product.
 
-Knows: parameters, the loss and its gradients, the dead-latent loss, Adam, unit decoder rows, the running threshold.
-Does not know: where activations come from, schedules, checkpoints on disk, or how the kernels work (kernels/).
+Knows: parameters, the loss and its gradients, Adam, unit decoder rows, the running threshold.
+Does not know: where activations come from, schedules, checkpoints on disk, how the kernels work (kernels/), what a GPU does in
+another way (fused.py), how the dead-latent loss works (dead.py), or how processes find the largest of all their activations
+(grid.py).
 
 The method: BatchTopK (Bussmann, Leask & Nanda 2024, arXiv 2412.06410) keeps the k * B largest pre-activations of a batch of B
 tokens. The dead-latent loss (Gao et al. 2024, arXiv 2406.04093) lets latents that have been silent for long reconstruct what the
@@ -13,24 +15,32 @@ Writing a for the kept activations, X for the tokens minus b_dec and G = dL/d(re
     dL/dW_enc[f] = sum_t dL/da[t, f] X[t]      dL/db_enc[f] = sum_t dL/da[t, f]
     dL/db_dec    = sum_t G[t] - dL/db_enc @ W_enc
 where every sum is over kept pairs, so nothing of size B x F is needed.
+
+In a grid of processes each one has the rows of its latents, of both matrices. Reconstructions are summed over the shards of
+latents, gradients over those of tokens, and what is left is local.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from pvsae.saes import kernels
+from pvsae.saes import dead, kernels
+from pvsae.saes.fused import Fused
+from pvsae.saes.gradients import Gradients
+from pvsae.saes.grid import SINGLE, Grid
+from pvsae.saes.initial import unit_rows_
 from pvsae.saes.kernels import Sparse, screen
-from pvsae.saes.parallel import ALONE, Group
+from pvsae.saes.later import read_later
 
 GUESS_CHANGES = 3.0  # how many of its usual changes a threshold may fall before the guess fails, which costs a second product
-MOST_DEAD = 4  # dead latents that are worked on in one step, in multiples of aux_k
 MOST_SCREENED = 4.0  # pairs that pass the int8 screen for each one that is kept; with more of them it does not pay
 SCREEN_REST = 200  # steps without the screen then
 
@@ -48,6 +58,9 @@ class StepConfig:
         threshold_decay: decay a step of the running mean of the smallest kept activation.
         betas, eps: Adam's.
         kernels: "eager", "triton", or "auto": Triton's on a GPU.
+        product: how the encoder's product is made: "float32", "bfloat16", "int8" (exact for what may be kept), or "auto": the
+            device's fastest. With float32 everything is fp32, and processes agree with one process up to the order of sums; with
+            less, rows that sums are taken of are read as bf16 on a CPU, and each process rounds its own sums.
     """
 
     aux_coef: float = 1 / 32
@@ -58,6 +71,7 @@ class StepConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     kernels: str = "auto"
+    product: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,21 +97,8 @@ class StepStats:
     grad_norm: float
 
 
-@dataclass
-class Gradients:
-    """Gradients of all parameters, in their layouts."""
-
-    W_enc: Float[Tensor, "d_sae d_model"]
-    W_dec: Float[Tensor, "d_sae d_model"]
-    b_enc: Float[Tensor, " d_sae"]
-    b_dec: Float[Tensor, " d_model"]
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.W_enc, self.W_dec, self.b_enc, self.b_dec
-
-
 class Learner:
-    """A dictionary in training. Weights are fp32, both matrices [d_sae, d_model]."""
+    """A dictionary in training, or one process' latents of it. Weights are fp32, both matrices [d_sae, d_model]."""
 
     def __init__(
         self,
@@ -109,35 +110,37 @@ class Learner:
         center: Float[Tensor, " d_model"] | None = None,
         device: torch.device | str = "cpu",
         product_dtype: torch.dtype | None = None,
-        group: Group = ALONE,
+        grid: Grid = SINGLE,
     ) -> None:
         """Random unit rows in the decoder, the encoder their transpose.
 
         Args:
             d_model, d_sae: width of the residual, number of latents.
             center: where b_dec starts, e.g. the geometric median of some activations; 0 by default.
-            product_dtype: of the encoder's product; None is the device's fastest (kernels.product_dtype). With fp32 everything is
-                fp32; with less, rows that sums are taken of are read as bf16 on a CPU; weights, sums and Adam are always fp32.
-            group: the processes that a batch is shared with.
+            product_dtype: of the encoder's product; None is what the config says.
+            grid: the processes that tokens and latents are shared with; this one has an equal run of the d_sae latents.
         """
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.nn.functional.normalize(torch.randn(d_sae, d_model, generator=generator), dim=1)
-        self.config, self.group = config, group
-        on_cpu = torch.device(device).type == "cpu"
-        self.W_dec, self.W_enc = ((kernels.large(d_sae, d_model) if on_cpu else rows.clone().to(device)) for _ in range(2))
-        for weight in (self.W_dec, self.W_enc):
-            weight.copy_(rows)
-        self.b_enc = torch.zeros(d_sae, device=device)
+        self.config, self.grid = config, grid
+        on_cpu, n = torch.device(device).type == "cpu", d_sae // grid.width.size
+        self.W_dec, self.W_enc = (
+            (kernels.large(n, d_model) if on_cpu else torch.empty(n, d_model, device=device)) for _ in range(2)
+        )
+        unit_rows_(self.W_dec, d_sae, seed, grid.width.rank * n)
+        self.W_enc.copy_(self.W_dec)
+        self.b_enc = torch.zeros(n, device=device)
         self.b_dec = torch.zeros(d_model, device=device) if center is None else center.float().clone().to(device)
-        self.silent_for = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens since a latent was last kept
+        self.silent_for = torch.zeros(n, dtype=torch.int64, device=device)  # tokens since a latent was last kept
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-        self.guess: float | None = None  # the last step's smallest kept activation
+        # What is carried from step to step stays on the device where a step leaves it there.
+        self.guess: float | Tensor | None = None  # the last step's smallest kept activation
         self.memory: list[Tensor] = []  # that gradients are written to; new memory costs more than what is done in it
-        self.change = 0.02  # running mean of its relative change from step to step
+        self.change: float | Tensor = 0.02  # running mean of the guess' relative change from step to step
         self.rest = 0  # steps that the int8 screen still rests for
-        self.threshold_mean, self.threshold_weight = 0.0, 0.0
+        self.threshold_mean: float | Tensor = 0.0
+        self.threshold_weight = 0.0
         self.kernels = kernels.of(self.W_enc.device, config.kernels)
-        self.product_dtype = kernels.product_dtype(self.W_enc.device) if product_dtype is None else product_dtype
+        self.fused = Fused(self) if hasattr(self.kernels, "adam_") else None
+        self.product_dtype = product_dtype or kernels.product_dtype(self.W_enc.device, config.product)
 
     def parameters(self) -> list[Tensor]:
         """W_enc, W_dec, b_enc, b_dec."""
@@ -145,49 +148,61 @@ class Learner:
 
     @property
     def d_sae(self) -> int:
+        """Latents of this process."""
         return len(self.W_dec)
+
+    @property
+    def aux_k(self) -> int:
+        return self.config.aux_k or self.W_dec.shape[1] // 2
 
     @property
     def threshold(self) -> float:
         """Bias-corrected running mean of the smallest kept activation; 0 before the first step."""
-        return self.threshold_mean / self.threshold_weight if self.threshold_weight else 0.0
+        return float(self.threshold_mean) / self.threshold_weight if self.threshold_weight else 0.0
 
     def step(self, x: Float[Tensor, "batch d_model"], k: float, lr: float) -> StepStats:
         """One step on a batch of tokens (this process' share of it), keeping k activations a token."""
+        return self.begin(x, k, lr)()
+
+    def begin(self, x: Float[Tensor, "batch d_model"], k: float, lr: float) -> Callable[[], StepStats]:
+        """As `step`, but on a GPU the work is only queued: what is returned gives the statistics, and waits for them."""
         x = x.float()
-        group, config = self.group, self.config
-        tokens = len(x) * group.size
-        dead = self._dead()
-        kept, threshold = self.select(x, k)
-        if not self.memory and x.device.type == "cpu":
+        grid, config = self.grid, self.config
+        tokens = len(x) * grid.data.size
+        find = dead.find_later(self.silent_for, config.dead_after, dead.MOST_DEAD * self.aux_k, tokens, grid.width)
+        kept, threshold = self.fused.select(x, k, GUESS_CHANGES) if self.fused else self.select(x, k)
+        dying = find()
+        if not self.memory and x.device.type == "cpu" and not self.fused:
             self.memory = [kernels.large(*self.W_enc.shape) for _ in range(2)]
-        gradients, sums = self.gradients(x, kept, dead, *self.memory)
-        group.sum_(gradients.tensors())
-        norm = float(torch.stack(torch._foreach_norm(gradients.tensors())).norm())
-        self._update(gradients, norm, lr)
+        gradients, sums = self.gradients(x, kept, dying, *self.memory)
+        gradients.sum_(grid)
+        norm = gradients.norm(grid)
+        self.fused.update(gradients, norm, lr) if self.fused else self._update(gradients, float(norm), lr)
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device).index_fill_(0, kept.latent, True)
-        self.silent_for.add_(tokens).masked_fill_(group.any_(fired), 0)
+        self.silent_for.add_(tokens).masked_fill_(grid.data.any_(fired), 0)
         decay = config.threshold_decay
-        self.threshold_mean = decay * self.threshold_mean + (1 - decay) * threshold
+        smallest = threshold.double() if isinstance(threshold, Tensor) else threshold
+        self.threshold_mean = decay * self.threshold_mean + (1 - decay) * smallest
         self.threshold_weight = decay * self.threshold_weight + (1 - decay)
-        error, variance, aux, n_kept = group.sum_scalars((*sums, float(len(kept.value))))
-        return StepStats(
-            loss=error / tokens, fvu=error / variance if variance else math.nan, aux_loss=aux / tokens, l0=n_kept / tokens,
-            n_dead=len(dead), threshold=threshold, grad_norm=norm,
-        )  # fmt: skip
+        # The processes of a row have the same sums over their tokens, and each of them other pairs.
+        joint = torch.cat([sums if grid.width.rank == 0 else torch.zeros_like(sums), sums.new_full((1,), len(kept.value))])
+        grid.everyone.sum_((joint,))
+        own = torch.stack([sums.new_zeros(()) + smallest, norm.double()])
+        return partial(_stats, read_later(torch.cat([joint, own])), tokens, dying.total)
 
     def select(self, x: Float[Tensor, "batch d_model"], k: float) -> tuple[Sparse, float]:
         """The k * B largest pre-activations above 0 of the joint batch, as far as they are this process', and the smallest kept.
 
         Whatever threshold is guessed first, the result is the same: too few survivors, and the guess is lowered.
         """
-        n_keep = round(k * len(x) * self.group.size)
+        n_keep = round(k * len(x) * self.grid.data.size)
         dtype = torch.float32 if self.product_dtype is torch.int8 else self.product_dtype
         centred, weight = (x - self.b_dec).to(dtype), self.W_enc.to(dtype)
-        low = self._estimate(centred, weight, k) if self.guess is None else self.guess * max(0.8, 1 - GUESS_CHANGES * self.change)
+        guess, change = None if self.guess is None else float(self.guess), float(self.change)
+        low = self._estimate(centred, weight, k) if guess is None else guess * max(0.8, 1 - GUESS_CHANGES * change)
         while True:
             index, value, n_screened = self._survivors(centred, weight, low)
-            found, screened = map(int, self.group.sum_scalars([len(value), n_screened]))
+            found, screened = map(int, self.grid.everyone.sum_scalars([len(value), n_screened]))
             if screened > MOST_SCREENED * max(found, n_keep):
                 self.rest = SCREEN_REST
             if found >= n_keep or low <= 0:
@@ -198,9 +213,9 @@ class Learner:
             self.guess = 0.0
             empty = torch.zeros(0, dtype=torch.int64, device=x.device)
             return Sparse(empty, empty, torch.zeros(0, device=x.device)), 0.0
-        threshold, n_ties = self.group.largest(value, min(n_keep, found))
-        if self.guess:
-            self.change += 0.1 * (abs(threshold / self.guess - 1) - self.change)
+        threshold, n_ties = self.grid.largest(index, value, min(n_keep, found), len(x), self.d_sae)
+        if guess:
+            self.change = change + 0.1 * (abs(threshold / guess - 1) - change)
         self.guess = threshold
         return kernels.keep_largest(index, value, threshold, n_ties, self.d_sae), threshold
 
@@ -215,96 +230,50 @@ class Learner:
         """A threshold that somewhat more than k pre-activations a token pass, from a few tokens."""
         few = centred[:: max(1, len(centred) // 32)]
         pre = torch.addmm(self.b_enc.to(few.dtype), few, weight.T).flatten().float()
-        wanted = min(pre.numel(), math.ceil(1.3 * k * len(few)))
-        return max(0.0, self.group.sum_scalars([kernels.kth_largest(pre, wanted)])[0] / self.group.size)
-
-    def _dead(self) -> Int[Tensor, " n_dead"]:
-        return (self.silent_for >= self.config.dead_after).nonzero()[:, 0]
+        wanted = min(pre.numel(), math.ceil(1.3 * k * len(few) / self.grid.width.size))
+        everyone = self.grid.everyone
+        return max(0.0, everyone.sum_scalars([kernels.kth_largest(pre, wanted)])[0] / everyone.size)
 
     def gradients(
         self,
         x: Float[Tensor, "batch d_model"],
         kept: Sparse,
-        dead: Int[Tensor, " n_dead"],
+        dying: dead.Dead,
         *memory: Float[Tensor, "d_sae d_model"],
-    ) -> tuple[Gradients, tuple[float, float, float]]:
-        """Gradients of the loss, given what was kept, this process' share; and sums over its tokens: squared error, squared
-        distance from the mean, dead-latent loss."""
-        scale = 2 / (len(x) * self.group.size)
+    ) -> tuple[Gradients, Float[Tensor, " 3"]]:
+        """Gradients of the loss, given what was kept and what is dead, this process' share; and sums over its tokens, in fp64:
+        squared error, squared distance from the mean, dead-latent loss."""
+        grid, config = self.grid, self.config
+        scale = 2 / (len(x) * grid.data.size)
         centred = x - self.b_dec
-        error = self.kernels.decode(kept, self._read(self.W_dec), len(x)).sub_(centred)
+        error = self.kernels.decode(kept, self._read(self.W_dec), len(x))
+        grid.width.sum_((error,))
+        error.sub_(centred)
         total = centred.sum(0)
-        spread = float(torch.linalg.vector_norm(centred)) ** 2
-        self.group.sum_((total,))
-        squared = float(torch.linalg.vector_norm(error)) ** 2
-        variance = spread - float(total.square().sum()) * scale / 2 / self.group.size
+        spread = torch.linalg.vector_norm(centred).double() ** 2
+        grid.data.sum_((total,))
+        squared = torch.linalg.vector_norm(error).double() ** 2
+        variance = spread - total.square().sum().double() * scale / 2 / grid.data.size
         # G is scale * error; as it enters linearly, the scale may wait for the pairs, which are fewer.
         of_value = self.kernels.value_grads(kept, error, self.W_dec).mul_(scale)
-        at = self.kernels.by_latent(kept, self.d_sae)
-        b_enc = torch.bincount(kept.latent, of_value, minlength=self.d_sae).float()
-        out = Gradients(
-            W_enc=self.kernels.weight_grads(at, of_value, self._read(centred), *memory[:1]),
-            W_dec=self.kernels.weight_grads(at, kept.value * scale, self._read(error), *memory[1:]),
-            b_enc=b_enc,
-            b_dec=error.sum(0).mul_(scale) - b_enc @ self.W_enc,
+        W_enc, W_dec, b_enc, along = self.kernels.latent_grads(
+            kept, of_value, self._read(error), self._read(centred), scale, self.d_sae, *memory
         )
-        # <dL/dW_dec[f], W_dec[f]> is a sum over kept pairs too: the dense gradient need not be read for it.
-        along = torch.bincount(kept.latent, of_value * kept.value, minlength=self.d_sae).float()
-        aux = 0.0
-        if len(dead) and self.config.aux_coef:
-            aux = self._add_dead(out, along, centred, error, dead, scale)
-        out.W_dec.addcmul_(along[:, None], self.W_dec, value=-1)
-        return out, (squared, variance, aux)
+        direct = error.sum(0).mul_(scale) if grid.width.rank == 0 else torch.zeros_like(self.b_dec)  # once a row
+        out = Gradients(W_enc, W_dec, b_enc, direct - b_enc @ self.W_enc)
+        aux = torch.zeros_like(squared)
+        if dying.total and config.aux_coef:
+            weights, coef = (self.W_enc, self.W_dec, self.b_enc), config.aux_coef
+            aux = dead.add_gradients(out, along, weights, centred, error, dying, self.aux_k, coef, grid)
+        if self.fused:
+            out.along = along  # Adam's kernel takes it away
+        else:
+            out.W_dec.addcmul_(along[:, None], self.W_dec, value=-1)
+        return out, torch.stack([squared, variance, aux])
 
     def _read(self, rows: Tensor) -> Tensor:
         """Rows as they are read for sums of them: those take as long as reading takes."""
         return rows.bfloat16() if rows.device.type == "cpu" and self.product_dtype is not torch.float32 else rows
-
-    def _add_dead(self, to: Gradients, along: Tensor, x: Tensor, error: Tensor, dead: Tensor, scale: float) -> float:
-        """Adds the gradients of the dead-latent loss: the mean squared norm of what dead latents do not explain of the error that
-        the live ones left. It reaches the dead latents alone.
-
-        Each token has aux_k of them; with n times as many dead, one token in n is taken, others in each step, so that the cost
-        stays that of aux_k latents and all tokens.
-        """
-        aux_k = self.config.aux_k or self.W_dec.shape[1] // 2
-        tokens = len(x) * self.group.size
-        turn = int(self.silent_for[dead[0]]) // tokens  # one more in each step
-        every = min(MOST_DEAD, math.ceil(len(dead) / aux_k))
-        first = (turn - self.group.rank * len(x)) % every
-        x, error = x[first::every], error[first::every]
-        share = tokens / len(range(turn % every, tokens, every))
-        if len(dead) > MOST_DEAD * aux_k:  # a few of them, others in each step
-            generator = torch.Generator().manual_seed(turn)
-            dead = dead[torch.randperm(len(dead), generator=generator)[: MOST_DEAD * aux_k].to(dead.device)]
-        encoder, decoder, bias = self.W_enc[dead], self.W_dec[dead], self.b_enc[dead]
-        of_encoder, of_decoder = torch.zeros_like(encoder), torch.zeros_like(decoder)
-        of_bias, loss = torch.zeros_like(bias), 0.0
-        low = self._aux_threshold(x, encoder, bias, aux_k) if len(dead) > aux_k else 0.0
-        rows = max(1, kernels.BLOCK_ELEMENTS // len(dead))
-        for start in range(0, len(x), rows):
-            part, left = x[start : start + rows], error[start : start + rows]
-            acts = torch.addmm(bias, part, encoder.T).relu_()
-            acts *= acts > low
-            missed = acts @ decoder + left  # what is wanted is -error
-            loss += float(missed.pow(2).sum())
-            missed *= scale * share * self.config.aux_coef
-            of_acts = (missed @ decoder.T) * (acts > 0)
-            of_decoder.addmm_(acts.T, missed)
-            of_encoder.addmm_(of_acts.T, part)
-            of_bias += of_acts.sum(0)
-        to.W_enc.index_add_(0, dead, of_encoder)
-        to.W_dec.index_add_(0, dead, of_decoder)
-        to.b_enc.index_add_(0, dead, of_bias)
-        along.index_add_(0, dead, (of_decoder * decoder).sum(1))
-        return loss * share
-
-    def _aux_threshold(self, centred: Tensor, encoder: Tensor, bias: Tensor, aux_k: int) -> float:
-        """A threshold that about aux_k dead latents a token pass, from a few tokens."""
-        few = centred[:: max(1, len(centred) // 32)]
-        acts = torch.addmm(bias, few, encoder.T).relu_().flatten()
-        own = kernels.kth_largest(acts, aux_k * len(few))
-        return self.group.sum_scalars([own])[0] / self.group.size
 
     def _update(self, gradients: Gradients, norm: float, lr: float) -> None:
         """Adam with the clipped gradients; decoder rows back to norm 1."""
@@ -324,8 +293,8 @@ class Learner:
         """Everything that the next steps depend on; tensors are those in use, not copies."""
         return {
             "parameters": self.parameters(), "optimiser": self.optimiser.state_dict(), "silent_for": self.silent_for,
-            "guess": self.guess, "change": self.change, "rest": self.rest,
-            "threshold_mean": self.threshold_mean, "threshold_weight": self.threshold_weight,
+            "guess": None if self.guess is None else float(self.guess), "change": float(self.change), "rest": self.rest,
+            "threshold_mean": float(self.threshold_mean), "threshold_weight": self.threshold_weight,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -336,3 +305,14 @@ class Learner:
         self.silent_for.copy_(state["silent_for"])
         self.guess, self.change, self.rest = state["guess"], state["change"], state["rest"]
         self.threshold_mean, self.threshold_weight = state["threshold_mean"], state["threshold_weight"]
+        if self.fused:
+            self.fused.steps = None
+
+
+def _stats(read: Callable[[], list[float]], tokens: int, n_dead: int) -> StepStats:
+    """Statistics of a step from its sums over all tokens, its smallest kept activation and its gradient's norm."""
+    error, variance, aux, n_kept, threshold, norm = read()
+    return StepStats(
+        loss=error / tokens, fvu=error / variance if variance else math.nan, aux_loss=aux / tokens, l0=n_kept / tokens,
+        n_dead=n_dead, threshold=threshold, grad_norm=norm,
+    )  # fmt: skip

@@ -1,12 +1,13 @@
 """Training: several dictionaries from one stream of activations, with schedules, metrics, checkpoints, and a calibrated end.
 
 Knows: how many steps there are, what the learning rate and k are at each, when to log and save, how a dictionary is finished.
-Does not know: how a step works (step.py), where activations come from (stream.py), files of dictionaries (folders.py).
+Does not know: how a step works (step.py), where activations come from (stream.py), files of dictionaries (folders.py) and of
+checkpoints (checkpoint.py).
 
 A training folder::
 
     metrics.jsonl            a line a logged step and dictionary
-    checkpoint.pt            everything that the next step depends on, the stream included (weights_only, never unpickled)
+    checkpoint.pt            everything that the next step depends on, the stream included; checkpoint.STEP.*.pt are parts of it
     NAME/                    each finished dictionary, in SAELens' layout
 
 Activations are multiplied by the stream's scale before a step (mean square norm d_model), and the scale is folded into the biases
@@ -30,14 +31,19 @@ from tqdm.auto import tqdm
 
 from pvsae.errors import UserError
 from pvsae.runs import atomic_path
+from pvsae.saes import checkpoint
 from pvsae.saes.dictionary import SAE
 from pvsae.saes.folders import CONFIG, load, save
+from pvsae.saes.grid import check_shards, grid_of
 from pvsae.saes.info import SAEInfo
 from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.step import Learner, StepConfig, StepStats
 
+_FREE = ("log_every", "checkpoint_every", "width_shards")  # what may change on the way; checkpoint.py has the last word
+
 Batch = Mapping[int, Tensor]
 Log = Callable[[dict[str, Any]], None]
+Reading = Callable[[], StepStats]  # see Learner.begin
 
 
 class Stream(Protocol):
@@ -100,6 +106,8 @@ class TrainConfig:
         k_start: see k_anneal.
         calibration_tokens: held-out tokens on which the final threshold is set.
         log_every, checkpoint_every: steps.
+        width_shards: processes that share the latents of each dictionary, for those that outgrow one GPU. The number of all
+            processes (torchrun's) is a multiple of it, and so is every d_sae; if there are more, they share the tokens.
         step: what a step does.
     """
 
@@ -113,10 +121,11 @@ class TrainConfig:
     calibration_tokens: int = 16_384
     log_every: int = 10
     checkpoint_every: int = 1000
+    width_shards: int = 1
     step: StepConfig = field(default_factory=StepConfig)
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "calibration_tokens", "log_every", "checkpoint_every"):
+        for name in ("tokens", "batch", "calibration_tokens", "log_every", "checkpoint_every", "width_shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
         if not self.dictionaries:
@@ -126,6 +135,16 @@ class TrainConfig:
         for name in ("decay", "k_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}", "a share of the steps from 0 to 1")
+        for d in self.dictionaries:
+            if d.d_sae % self.width_shards:
+                raise UserError(
+                    f"width_shards is {self.width_shards}, and {d.name} has {d.d_sae} latents",
+                    f"a d_sae that is a multiple of {self.width_shards}: every shard has as many latents",
+                )
+        if self.warmup < 0:
+            raise UserError(f"warmup is {self.warmup}", "a number of steps, 0 for none")
+        if not self.k_start > 0:
+            raise UserError(f"k_start is {self.k_start}", "a positive number")
         names = [d.name for d in self.dictionaries]
         if len(set(names)) < len(names):
             raise UserError(
@@ -183,25 +202,46 @@ def train(
         progress: whether to show a bar.
 
     Raises:
-        UserError: the stream ends before the tokens are reached, a checkpoint of another config, activations that are not finite.
+        UserError: the stream ends before the tokens are reached, a checkpoint of another config, activations that are not finite,
+            and what `check_processes` raises.
     """
     folder = Path(folder)
-    if config.batch % group.size:
-        raise UserError(f"batches of {config.batch} tokens on {group.size} processes", f"a multiple of {group.size}")
-    if all((folder / d.name / CONFIG).is_file() for d in config.dictionaries):
-        found = [(d.name, load(folder / d.name)) for d in config.dictionaries]
-        return [Trained(name, sae, dict(sae.info.training.get("last", {}))) for name, sae in found]
+    if finished(config, folder):
+        return [read_back(folder, d.name) for d in config.dictionaries]
+    check_processes(config, group, folder)
     run = _Run(stream, config, folder, device, group)
     if run.done < config.steps:
         run.train(log, progress)
     return [run.finish(i) for i in range(len(config.dictionaries))]
 
 
+def finished(config: TrainConfig, folder: Path) -> bool:
+    """Whether all dictionaries are in the folder."""
+    return all((folder / d.name / CONFIG).is_file() for d in config.dictionaries)
+
+
+def check_processes(config: TrainConfig, group: Group, folder: Path) -> None:
+    """Raises UserError for processes that cannot share a training equally, or not as those did that began it in the folder."""
+    check_shards(group.size, config.width_shards)
+    checkpoint.check(folder, config.width_shards)
+    rows = group.size // config.width_shards
+    if config.batch % rows:
+        of_each = f", {config.width_shards} for each part of the tokens" if config.width_shards > 1 else ""
+        raise UserError(f"batches of {config.batch} tokens on {group.size} processes{of_each}", f"a multiple of {rows}")
+
+
+def read_back(folder: Path, name: str) -> Trained:
+    """A finished dictionary of a training folder."""
+    sae = load(folder / name)
+    return Trained(name, sae, dict(sae.info.training.get("last", {})))
+
+
 class _Run:
     """A training run in progress."""
 
     def __init__(self, stream: Stream, config: TrainConfig, folder: Path, device: torch.device | str, group: Group) -> None:
-        self.stream, self.config, self.folder, self.device, self.group = stream, config, folder, device, group
+        self.stream, self.config, self.folder, self.device = stream, config, folder, device
+        self.grid = grid_of(group, config.width_shards)
         self.last: list[dict[str, Any]] = [{} for _ in config.dictionaries]
         self.done = 0
         saved = self._saved()
@@ -212,7 +252,7 @@ class _Run:
             sample = held_out[d.block] if held_out else None
             width = sample.shape[1] if sample is not None else saved["learners"][i]["parameters"][3].shape[0]  # type: ignore[index]
             center = geometric_median(sample.float()) if sample is not None else None
-            self.learners.append(Learner(width, d.d_sae, config.step, seed=d.seed, center=center, device=device, group=group))
+            self.learners.append(Learner(width, d.d_sae, config.step, seed=d.seed, center=center, device=device, grid=self.grid))
         if saved:
             self._restore(saved)
         self._trim_metrics()
@@ -220,7 +260,9 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------------- steps
     def train(self, log: Log | None, progress: bool) -> None:
         """Runs to the last step."""
-        config, rank, share = self.config, self.group.rank, self.config.batch // self.group.size
+        config, rank = self.config, self.grid.everyone.rank
+        share = config.batch // self.grid.data.size
+        first = self.grid.data.rank * share
         writes = rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -230,12 +272,19 @@ class _Run:
                 unit_scale=True, disable=not (progress and writes),
             ) as bar,
         ):  # fmt: skip
+            before: list[Reading] = []
             for batch in self.stream.batches(config.batch):
-                mine = self._scaled({b: x[rank * share : (rank + 1) * share] for b, x in batch.items()})
-                stats = [self._step(learner, d, mine) for learner, d in zip(self.learners, config.dictionaries, strict=True)]
+                mine = self._scaled({b: x[first : first + share] for b, x in batch.items()})
+                begun = [self._begin(learner, d, mine) for learner, d in zip(self.learners, config.dictionaries, strict=True)]
                 self.done += 1
                 last = self.done == config.steps
-                if self.done % config.log_every == 0 or last:
+                logs, saves = self.done % config.log_every == 0 or last, self.done % config.checkpoint_every == 0 or last
+                # A GPU is still at work on this step, and not to be waited for; the numbers of the one before are here.
+                self._read(before, self.done - 1)
+                if logs or saves or not self.queues:
+                    stats, begun = self._read(begun, self.done), []
+                before = begun
+                if logs:
                     for i, (d, s) in enumerate(zip(config.dictionaries, stats, strict=True)):
                         self.last[i] = {"step": self.done, "tokens": self.done * config.batch, "dictionary": d.name, **asdict(s)}
                         if writes:
@@ -246,7 +295,7 @@ class _Run:
                 bar.update(config.batch)
                 if last:
                     break
-                if self.done % config.checkpoint_every == 0 and writes:
+                if saves:
                     self.save()
         if self.done < config.steps:
             raise UserError(
@@ -254,18 +303,27 @@ class _Run:
                 f"{config.tokens:,} tokens, as the config asks for",
                 "give more text, let the corpus repeat, or lower tokens",
             )
-        if writes:
-            self.save()
+        self.save()
 
-    def _step(self, learner: Learner, d: DictionaryConfig, batch: Batch) -> StepStats:
+    @property
+    def queues(self) -> bool:
+        """Whether steps are queued on a device that works while the host goes on."""
+        return any(learner.fused for learner in self.learners)
+
+    def _begin(self, learner: Learner, d: DictionaryConfig, batch: Batch) -> Reading:
         k = self.config.k_at(self.done, d.k, d.d_sae)
-        stats = learner.step(batch[d.block], k, d.peak_lr * self.config.lr_share(self.done))
-        if not math.isfinite(stats.loss):
-            raise UserError(
-                f"the loss of {d.name} is {stats.loss} at step {self.done + 1}",
-                "a finite loss",
-                "lower lr, or look for activations that are far too large (outlier_multiple)",
-            )
+        return learner.begin(batch[d.block], k, d.peak_lr * self.config.lr_share(self.done))
+
+    def _read(self, begun: Sequence[Reading], step: int) -> list[StepStats]:
+        """Statistics of a step, counted from 1. UserError if a loss is not finite."""
+        stats = [read() for read in begun]
+        for d, s in zip(self.config.dictionaries, stats, strict=False):
+            if not math.isfinite(s.loss):
+                raise UserError(
+                    f"the loss of {d.name} is {s.loss} at step {step}",
+                    "a finite loss",
+                    "lower lr, or look for activations that are far too large (outlier_multiple)",
+                )
         return stats
 
     def _scaled(self, batch: Batch) -> dict[int, Tensor]:
@@ -274,26 +332,21 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------- checkpoints
     def save(self) -> None:
         """Writes the checkpoint."""
-        state = {
-            "config": _plain(self.config), "done": self.done, "last": self.last,
-            "learners": [learner.state() for learner in self.learners], "stream": self.stream.state(),
-        }  # fmt: skip
-        with atomic_path(self.folder / "checkpoint.pt") as path:
-            torch.save(state, path)
+        state = {"config": _plain(self.config), "done": self.done, "last": self.last}
+        if self.grid.everyone.rank == 0:
+            state["stream"] = self.stream.state()
+        checkpoint.save(self.folder, self.done, state, [learner.state() for learner in self.learners], self.grid)
 
     def _saved(self) -> dict[str, Any] | None:
         """The checkpoint in the folder, or None. UserError if it is one of another config."""
-        file = self.folder / "checkpoint.pt"
-        if not file.is_file():
+        state = checkpoint.load(self.folder, self.grid)
+        if state is None:
             return None
-        state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
         mine = _plain(self.config)
-        other = sorted(
-            key for key in mine if state["config"].get(key) != mine[key] and key not in ("log_every", "checkpoint_every")
-        )
+        other = sorted(key for key in mine if state["config"].get(key) != mine[key] and key not in _FREE)
         if other:
             raise UserError(
-                f"{file} belongs to another training; it differs in: {', '.join(other)}",
+                f"{self.folder / checkpoint.FILE} belongs to another training; it differs in: {', '.join(other)}",
                 "the same options until a training is finished",
                 "choose another --out, or delete that folder",
             )
@@ -308,8 +361,8 @@ class _Run:
     def _trim_metrics(self) -> None:
         """Drops lines that were written after the checkpoint; they will be written again."""
         metrics = self.folder / "metrics.jsonl"
-        if self.group.rank == 0 and metrics.is_file():
-            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.done]
+        if self.grid.everyone.rank == 0 and metrics.is_file():
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= self.done]
             with atomic_path(metrics) as path:
                 path.write_text("".join(f"{line}\n" for line in kept))
 
@@ -319,22 +372,36 @@ class _Run:
         d, learner = self.config.dictionaries[i], self.learners[i]
         held_out = self._scaled(self.stream.held_out(self.config.calibration_tokens))[d.block]
         threshold = calibrated_threshold(learner, held_out, d.k)
-        last = {**self.last[i], "running_threshold": learner.threshold, "threshold": threshold}
+        # In the units of the saved dictionary, whose threshold it is, and not of the lines of metrics.
+        thresholds = {"running_threshold": learner.threshold, "threshold": threshold}
+        last = {**self.last[i], **{name: t / self.stream.scale[d.block] for name, t in thresholds.items()}}
         source = self.stream.info(d.block)
+        few = len(held_out) < self.config.calibration_tokens
+        note = f"its threshold was set on {len(held_out):,} held-out tokens, of {self.config.calibration_tokens:,} wanted"
         info = replace(
             source,
             k=d.k,
+            notes=(*source.notes, *([note] if few else [])),
             training={
                 **source.training, "config": {**_plain(self.config), "dictionaries": [asdict(d)]},
                 "scale": self.stream.scale[d.block], "tokens": self.done * self.config.batch, "last": last,
                 "versions": {name: version(name) for name in ("pvsae", "torch")},
             },
         )  # fmt: skip
-        sae = SAE(
-            learner.W_enc.T, learner.b_enc, learner.W_dec, learner.b_dec, threshold, info=info, ref=str(self.folder / d.name)
-        ).unscaled(self.stream.scale[d.block])
-        if self.group.rank == 0:
-            save(sae, self.folder / d.name)
+        arrays = [learner.W_enc, learner.b_enc, learner.W_dec]
+        if self.grid.width.size > 1:
+            first = self.grid.data.rank == 0
+            gathered = [self.grid.width.rows_on_host(t) if first else None for t in arrays]
+            arrays = [t for t in gathered if t is not None]
+        if arrays:  # here is the whole dictionary
+            W_enc, b_enc, W_dec = arrays
+            ref, scale = str(self.folder / d.name), self.stream.scale[d.block]
+            sae = SAE(W_enc.T, b_enc, W_dec, learner.b_dec, threshold, info=info, ref=ref).unscaled(scale)
+            if self.grid.everyone.rank == 0:
+                save(sae, self.folder / d.name)
+        if self.grid.width.size > 1:
+            self.grid.everyone.wait()
+            return read_back(self.folder, d.name)
         return Trained(d.name, sae, last)
 
 
@@ -343,12 +410,12 @@ def calibrated_threshold(learner: Learner, x: Float[Tensor, "n d_model"], k: flo
 
     The running mean of the smallest kept activation lags behind the weights, and is noisy with small batches; this is exact.
     """
-    kept = learner.group, learner.guess, learner.change, learner.rest
-    learner.group, learner.guess = ALONE, None
+    kept = learner.grid, learner.guess, learner.change, learner.rest
+    learner.grid, learner.guess = learner.grid.row, None
     try:
         _, smallest = learner.select(x, k)
     finally:
-        learner.group, learner.guess, learner.change, learner.rest = kept
+        learner.grid, learner.guess, learner.change, learner.rest = kept
     # The smallest is to pass too, and what passes is above the threshold.
     return float(torch.nextafter(torch.tensor(smallest), torch.tensor(0.0)))
 
@@ -364,6 +431,14 @@ def geometric_median(x: Float[Tensor, "n d_model"], n_steps: int = 50) -> Float[
         if close:
             break
     return guess
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for a line that was cut short, which can only be the last one."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def _shown(stats: Sequence[StepStats]) -> dict[str, str]:

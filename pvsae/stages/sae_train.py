@@ -8,7 +8,7 @@ A run folder::
     config.yaml          the whole config as it was used; `pvsae sae train RUN/config.yaml` trains the same again
     metrics.jsonl        a line a logged step and dictionary
     NAME/                a dictionary, in SAELens' layout
-    checkpoint.pt        while it is not finished: everything that the next step depends on
+    checkpoint*.pt       while it is not finished: everything that the next step depends on
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ import pandas as pd
 from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, atomic_write_text
+from pvsae.saes import checkpoint
 from pvsae.saes.config import SaeTrainConfig, load_config
-from pvsae.saes.folders import CONFIG, load
 from pvsae.saes.logs import Log, open_logs
 from pvsae.saes.parallel import Group, join, leave
+from pvsae.saes.trainer import Trained, check_processes, finished, read_back, train
+from pvsae.stages.inputs import pin
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
     from pvsae.saes.stream import ActivationStream
-    from pvsae.saes.trainer import Trained
 
 __all__ = ["COMMAND", "SaeTrainConfig", "SaeTrainResult", "load_config", "plan", "run"]
 
@@ -82,15 +83,18 @@ def run(
     path = Path(run_dir)
     group = join()
     first = group.rank == 0
-    folder = RunDir.open(path, COMMAND, config.identity(), config.corpus.seed) if first else None
+    folder = None
     try:
-        if folder is not None:
+        if not finished(config.training, path):
+            check_processes(config.training, group, path)
+        if first:
+            folder = RunDir.open(path, COMMAND, config.identity(), config.corpus.seed)
             atomic_write_text(path / "config.yaml", settings.dump(config))
         with open_logs(logs if first else (), path, settings.plain(config)) as log:
             trained, stream = _train(config, path, folder, model, group, log, progress and first)
         if folder is not None:
             _write(folder, config, trained, stream)
-            (path / "checkpoint.pt").unlink(missing_ok=True)  # as large as the buffer and the weights; the dictionaries are whole
+            checkpoint.remove(path)  # as large as the buffer and the weights; the dictionaries are whole
     finally:
         if folder is not None:
             folder.close()
@@ -138,23 +142,19 @@ def _train(
 ) -> tuple[list[Trained], ActivationStream | None]:
     """The dictionaries, and the stream that they came from; None where they were there already."""
     from pvsae.models import load as load_model
-    from pvsae.models.fingerprint import fingerprint
     from pvsae.saes.corpus import Corpus
     from pvsae.saes.stream import ActivationStream
-    from pvsae.saes.trainer import Trained, train
 
     training = config.training
-    if all((path / d.name / CONFIG).is_file() for d in training.dictionaries):
-        found = [(d.name, load(path / d.name)) for d in training.dictionaries]
-        return [Trained(name, sae, dict(sae.info.training.get("last", {}))) for name, sae in found], None
+    if finished(training, path):
+        return [read_back(path, d.name) for d in training.dictionaries], None
     c = config.model
     model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
     corpus = Corpus(model, config.corpus, progress=progress)
-    stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group)
-    now = {"model": fingerprint(model), "corpus": corpus.fingerprint}
-    if folder is not None and (found_then := folder.do_json("inputs", lambda: now)) != now:
-        other = " and ".join(key for key in now if found_then.get(key) != now[key])
-        raise UserError(f"the {other} changed since the run in {path} began", "the same", "choose another --out, or delete it")
+    about = {"model": settings.plain(config.model)}
+    stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group, about=about)
+    if folder is not None:
+        pin(folder, model, {"corpus": corpus.fingerprint})
     return train(stream, training, path, device=model.device, group=group, log=log, progress=progress), stream
 
 

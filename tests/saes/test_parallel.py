@@ -1,10 +1,9 @@
-"""Two processes train what one process with the joint batch trains."""
+"""Processes that torchrun starts. What they compute together is tested in test_grid.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +21,6 @@ from tests.saes.test_trainer import Made, config
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _train(rank: int, folder: str, port: int) -> None:
-    """A process of two, in the environment that torchrun makes."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    group = join()
-    assert (group.rank, group.size) == (rank, 2)
-    trained = train(Made(), config(), folder, group=group, progress=False)
-    torch.save(trained[0].sae.W_dec, Path(folder) / f"{rank}.pt")
-    leave()
-
-
 def curve(folder: Path) -> torch.Tensor:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return torch.tensor([[line["loss"], line["fvu"], line["l0"], line["grad_norm"]] for line in lines])
@@ -46,19 +33,6 @@ def test_without_torchrun_a_process_is_alone(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join() is ALONE
     leave()
-
-
-def test_two_processes_have_the_loss_curve_of_one_with_the_joint_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train, (str(tmp_path / "two"), port), nprocs=2)
-    train(Made(), config(), tmp_path / "one", progress=False)
-    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
-    assert len(one) == 2 * 12
-    torch.testing.assert_close(two[:, :3], one[:, :3], rtol=1e-4, atol=0)
-    first, second = (torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1))
-    assert torch.equal(first, second), "every process ends with the same dictionary"
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
@@ -79,19 +53,25 @@ training:
   tokens: 5_120
   batch: 256
   log_every: 2
+  step: {product: float32}
   calibration_tokens: 500
 """
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PVSAE_CACHE": str(tmp_path / "cache")}
-    said = []
-    for name, start in {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}.items():
-        line = [sys.executable, *start, "-m", "pvsae", "sae", "train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / name)]
-        done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ways: dict[str, tuple[list[str], list[str]]] = {
+        "one": ([], []), "tokens": (two, []), "latents": (two, ["training.width_shards=2"]),
+    }  # fmt: skip
+    for name, (start, settings) in ways.items():
+        command = ["-m", "pvsae", "sae", "train", str(tmp_path / "c.yaml"), *settings, "--out", str(tmp_path / name)]
+        done = subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
-        said.append(done.stdout)
-    assert [text.count("report:") for text in said] == [1, 1], "one process speaks"
-    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+        assert done.stdout.count("report:") == 1, "one process speaks"
+        assert not list((tmp_path / name).glob("checkpoint*"))
+    one = curve(tmp_path / "one")
     assert len(one) == 10
-    torch.testing.assert_close(two[:, :3], one[:, :3], rtol=1e-4, atol=0)
-    a, b = (load(tmp_path / name / "block-2_width-96_k-4") for name in ("one", "two"))
-    assert float((a.W_dec * b.W_dec).sum(1).mean()) > 0.999
+    whole = load(tmp_path / "one" / "block-2_width-96_k-4")
+    for name in ("tokens", "latents"):
+        torch.testing.assert_close(curve(tmp_path / name)[:, :3], one[:, :3], rtol=1e-4, atol=0)
+        other = load(tmp_path / name / "block-2_width-96_k-4")
+        assert float((whole.W_dec * other.W_dec).sum(1).mean()) > 0.999

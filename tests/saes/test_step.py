@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from pvsae.errors import UserError
+from pvsae.saes import dead as dying
 from pvsae.saes import kernels
+from pvsae.saes.grid import SINGLE
 from pvsae.saes.kernels import eager
-from pvsae.saes.step import MOST_DEAD, Learner, StepConfig
+from pvsae.saes.parallel import ALONE
+from pvsae.saes.step import Learner, StepConfig
 
 
 def tokens(n: int = 96, d: int = 24, seed: int = 0) -> Tensor:
@@ -25,6 +28,10 @@ def learner(d: int = 24, f: int = 80, **options) -> Learner:
     made.b_enc += 0.05 * torch.randn(f, generator=generator)
     made.b_dec += 0.1 * torch.randn(d, generator=generator)
     return made
+
+
+def dead_of(made: Learner) -> dying.Dead:
+    return dying.find_later(made.silent_for, made.config.dead_after, dying.MOST_DEAD * made.aux_k, 96, ALONE)()
 
 
 def dense_selection(made: Learner, x: Tensor, k: float) -> Tensor:
@@ -101,14 +108,17 @@ def dense_gradients(made: Learner, x: Tensor, k: float, dead: Tensor, low: float
 def test_gradients_are_those_of_dense_autograd(n_dead: int) -> None:
     made, x = learner(aux_k=12), tokens()
     made.silent_for[:n_dead] = made.config.dead_after
-    dead = made._dead()
+    found = dead_of(made)
+    dead = found.rows
     assert len(dead) == n_dead
     kept, _ = made.select(x, 6)
     every = 3 if n_dead == 30 else 1  # as many as there are times more dead latents than a token has
     some = slice(made.config.dead_after // 96 % every, None, every)
-    low = made._aux_threshold((x - made.b_dec)[some], made.W_enc[dead], made.b_enc[dead], 12) if n_dead > 12 else 0.0
+    few = (x - made.b_dec)[some]
+    low = dying.threshold(few, 0, len(few), made.W_enc[dead], made.b_enc[dead], 12, SINGLE) if n_dead > 12 else 0.0
     assert (low > 0) == (n_dead > 12)
-    ours, (squared, variance, aux) = made.gradients(x, kept, dead)
+    ours, sums = made.gradients(x, kept, found)
+    squared, variance, aux = sums.tolist()
     for mine, theirs in zip(ours.tensors(), dense_gradients(made, x, 6, dead, low, some), strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
     assert squared == pytest.approx(float((as_dense(kept, (96, 80)) @ made.W_dec + made.b_dec - x).pow(2).sum()), rel=1e-5)
@@ -120,12 +130,12 @@ def test_many_dead_latents_are_worked_on_a_few_at_a_time() -> None:
     made, x = learner(aux_k=5), tokens()
     made.silent_for[:60] = made.config.dead_after
     kept, _ = made.select(x, 6)
-    live = made.gradients(x, kept, torch.zeros(0, dtype=torch.int64))[0].W_dec
-    helped = made.gradients(x, kept, made._dead())[0].W_dec
+    live = made.gradients(x, kept, dying.Dead(torch.zeros(0, dtype=torch.int64), 0, 0))[0].W_dec
+    helped = made.gradients(x, kept, dead_of(made))[0].W_dec
     changed = (live != helped).any(1).nonzero()[:, 0]
-    assert 0 < len(changed) <= MOST_DEAD * 5
+    assert 0 < len(changed) <= dying.MOST_DEAD * 5
     made.silent_for += 96
-    others = (made.gradients(x, kept, made._dead())[0].W_dec != live).any(1).nonzero()[:, 0]
+    others = (made.gradients(x, kept, dead_of(made))[0].W_dec != live).any(1).nonzero()[:, 0]
     assert changed.tolist() != others.tolist()
 
 
@@ -181,6 +191,12 @@ def test_kernels_are_chosen_by_device_and_wish() -> None:
     assert kernels.of(torch.device("cpu"), "eager") is eager
     with pytest.raises(UserError, match="one of auto, eager, triton"):
         kernels.of(torch.device("cpu"), "fast")
+    assert kernels.product_dtype(torch.device("cpu"), "float32") == torch.float32
+    assert Learner(4, 6, StepConfig(product="bfloat16")).product_dtype == torch.bfloat16
+    with pytest.raises(UserError, match="one of auto, float32, bfloat16, int8"):
+        kernels.product_dtype(torch.device("cpu"), "float16")
+    with pytest.raises(UserError, match="a CPU with int8 instructions"):
+        kernels.product_dtype(torch.device("cuda"), "int8")
     from pvsae.saes.kernels import triton
 
     if not triton.available():

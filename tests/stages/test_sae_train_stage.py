@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pvsae.errors import UserError
 from pvsae.reports import draw, write_report
 from pvsae.runs import read_json
 from pvsae.saes import stream as stream_module
-from pvsae.saes.config import SaeTrainConfig, config_of, load_config
+from pvsae.saes.config import ModelConfig, SaeTrainConfig, config_of, load_config
 from pvsae.saes.demand import demand
 from pvsae.saes.folders import load
 from pvsae.stages import SaeEvalConfig, sae_eval, sae_train
@@ -69,6 +70,7 @@ def test_a_run_folder_holds_dictionaries_and_how_they_came_about(finished, texts
         assert sae.d_sae == 96
         assert f"block-{sae.info.block}_" in name
         assert sae.info.training["corpus"]["drop_first"] == 1
+        assert sae.info.training["model"] == asdict(ModelConfig(name="tiny"))
     table = finished.table.set_index("dictionary")
     assert list(table["tokens"]) == [STEPS * 128] * 2
     assert list(table["l0"]) == [4.0, 4.0]
@@ -115,7 +117,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(
             sae_train.run(config(texts), tmp_path / "run", model=tiny_models("qwen2"), progress=False)
     with pytest.raises(UserError, match=r"another configuration; it differs in: config.training.tokens"):
         sae_train.run(config(texts, tokens=STEPS * 256), tmp_path / "run", model=tiny_models("qwen2"), progress=False)
-    with pytest.raises(UserError, match="the model and corpus changed"):
+    with pytest.raises(UserError, match=r"the weights of the model \(.*\), the corpus changed since"):
         sae_train.run(config(texts), tmp_path / "run", model=tiny_models("llama"), progress=False)
     resumed = sae_train.run(config(texts, log_every=4), tmp_path / "run", model=tiny_models("qwen2"), progress=False)
     for name in finished.folders:
@@ -123,6 +125,13 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(
         for array in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
             assert torch.equal(getattr(a, array), getattr(b, array)), array
     assert (finished.path / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_too_few_processes_for_the_shards_are_refused_before_anything_is_loaded(texts, tmp_path) -> None:
+    with pytest.raises(UserError, match="width_shards is 2, and there is one process") as error:
+        sae_train.run(config(texts, width_shards=2), tmp_path / "run", progress=False)  # there is no model called "tiny" to load
+    assert "torchrun --nproc_per_node 2" in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dictionary_is_evaluated_on_what_its_training_held_out(finished, tiny_models, tmp_path, monkeypatch) -> None:
@@ -174,6 +183,14 @@ def test_the_plan_counts_what_the_training_takes(finished, texts, tiny_models, t
     assert found.memory["Adam"] == 2 * arrays
     assert found.memory["shuffle buffer"] == 2 * 2048 * 48 * 2
     assert found.model_seconds > 0 < found.step_seconds
+    halves = replace(wanted.training, width_shards=2)
+    half = demand(shape, torch.float32, torch.device("cpu"), halves, wanted.stream, 64)
+    assert [half.memory[name] for name in ("weights", "Adam", "gradients")] == [
+        found.memory[name] // 2 for name in ("weights", "Adam", "gradients")
+    ]
+    assert half.memory["shuffle buffer"] == found.memory["shuffle buffer"]
+    assert half.checkpoint == found.checkpoint
+    assert "each of 2 processes" in str(half)
     sizes = []
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False, unlink=Path.unlink: (
         sizes.append(self.stat().st_size) if self.name == "checkpoint.pt" else None, unlink(self, missing_ok=missing_ok)

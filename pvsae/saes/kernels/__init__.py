@@ -2,8 +2,9 @@
 
 Knows: which implementation and which dtype of the encoder's product fit a device. Does not know: how any of them works.
 
-Both implementations have `survivors`, `decode`, `value_grads`, `by_latent` and `weight_grads`; `of` gives the module that has
-them. What costs next to nothing (`keep_largest`, `kth_largest`) is the same torch on every device.
+Both implementations have `survivors`, `decode`, `value_grads` and `latent_grads`; `of` gives the module that has them. Triton's
+also has what fused.py needs for a step that leaves every number on the device. What costs next to nothing (`keep_largest`,
+`kth_largest`) is the same torch on every device.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from pvsae.errors import UserError
 from pvsae.saes.kernels import eager, screen
 from pvsae.saes.kernels.eager import BLOCK_ELEMENTS, ByLatent, Sparse, keep_largest, kth_largest, large
 
-__all__ = ["BLOCK_ELEMENTS", "CHOICES", "ByLatent", "Sparse", "keep_largest", "kth_largest", "large", "of", "product_dtype"]
+__all__ = [
+    "BLOCK_ELEMENTS", "CHOICES", "PRODUCTS", "ByLatent", "Sparse", "keep_largest", "kth_largest", "large", "of", "product_dtype",
+]  # fmt: skip
 
 CHOICES = ("auto", "eager", "triton")
+PRODUCTS = ("auto", "float32", "bfloat16", "int8")
 
 
 def of(device: torch.device, choice: str = "auto") -> ModuleType:
@@ -36,12 +40,21 @@ def of(device: torch.device, choice: str = "auto") -> ModuleType:
     return triton if wanted else eager
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """How the encoder's product is the fastest: bf16 where there are matrix units for it, else int8 (screened in int8, exact in
-    fp32, see screen.py) where the CPU multiplies that fast, else fp32.
+def product_dtype(device: torch.device, choice: str = "auto") -> torch.dtype:
+    """How the encoder's product is made: as chosen, or the fastest way.
 
-    A CPU with bf16 instructions but without tiles (AMX) converts, and is slower than in fp32.
+    That is bf16 where there are matrix units for it, else int8 (screened in int8, exact in fp32, see screen.py) where the CPU
+    multiplies that fast, else fp32. A CPU with bf16 instructions but without tiles (AMX) converts, and is slower than in fp32.
+
+    Raises: UserError for an unknown choice, or for "int8" where there is no such product.
     """
+    can_screen = device.type == "cpu" and screen.available()
+    if choice not in PRODUCTS:
+        raise UserError(f"product {choice!r}", "one of " + ", ".join(PRODUCTS))
+    if choice == "int8" and not can_screen:
+        raise UserError("product 'int8' on this device", "a CPU with int8 instructions (AVX512-VNNI)", 'choose "auto"')
+    if choice != "auto":
+        return getattr(torch, choice)
     if torch.cuda.is_available() if device.type == "cuda" else torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
-    return torch.int8 if device.type == "cpu" and screen.available() else torch.float32
+    return torch.int8 if can_screen else torch.float32

@@ -149,6 +149,39 @@ def weight_grads(
     return _sums(at.token, weights[at.order], rows, at.start, out)
 
 
+class LatentGrads(NamedTuple):
+    """Gradients of W_enc, W_dec and b_enc, and along: the component of W_dec's gradient along each row of W_dec, still in it."""
+
+    W_enc: Float[Tensor, "d_sae d_model"]
+    W_dec: Float[Tensor, "d_sae d_model"]
+    b_enc: Float[Tensor, " d_sae"]
+    along: Float[Tensor, " d_sae"]
+
+
+def latent_grads(
+    kept: Sparse,
+    of_value: Float[Tensor, " n"],
+    error: Float[Tensor, "batch d_model"],
+    x: Float[Tensor, "batch d_model"],
+    scale: float,
+    d_sae: int,
+    *memory: Float[Tensor, "d_sae d_model"],
+) -> LatentGrads:
+    """Gradients of what latents have, given those of the kept values; the reconstruction's is scale * error.
+
+    Args:
+        x: the encoder's input.
+        memory: that the matrices are written to, if given.
+    """
+    at = by_latent(kept, d_sae)
+    b_enc = torch.bincount(kept.latent, of_value, minlength=d_sae).float()
+    W_enc = weight_grads(at, of_value, x, *memory[:1])
+    W_dec = weight_grads(at, kept.value * scale, error, *memory[1:])
+    # <dL/dW_dec[f], W_dec[f]> is a sum over kept pairs too: the dense gradient need not be read for it.
+    along = torch.bincount(kept.latent, of_value * kept.value, minlength=d_sae).float()
+    return LatentGrads(W_enc, W_dec, b_enc, along)
+
+
 def large(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised memory on the CPU for a matrix whose rows are read in no order: in huge pages where the system has them.
 

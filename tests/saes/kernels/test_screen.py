@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pvsae.saes.dead import Dead
 from pvsae.saes.kernels import eager, screen
 from pvsae.saes.step import Learner, StepConfig
 
@@ -77,7 +78,7 @@ def test_a_step_with_the_screen_is_one_without_it_to_the_precision_of_bf16() -> 
     kept = [made.select(x[:500], 8)[0] for made in learners]
     both = set((kept[0].token * 512 + kept[0].latent).tolist()) & set((kept[1].token * 512 + kept[1].latent).tolist())
     assert len(both) > 0.98 * len(kept[0].value)
-    no = torch.zeros(0, dtype=torch.int64)
+    no = Dead(torch.zeros(0, dtype=torch.int64), 0, 0)
     for mine, theirs in zip(*(m.gradients(x, exact.select(x, 8)[0], no)[0].tensors() for m in (screened, exact)), strict=True):
         assert float((mine - theirs).norm() / theirs.norm()) < 0.02
 

@@ -27,10 +27,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(kernels.available(), reason="the kernels run in this process")
-@pytest.mark.parametrize("part", ["whole_step", pytest.param("", marks=pytest.mark.slow)])
-def test_in_the_interpreter(part: str) -> None:
+@pytest.mark.slow  # test_fused.py runs steps in it that use all kernels
+def test_in_the_interpreter() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", part],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -77,9 +77,10 @@ def top(acts: torch.Tensor, n: int) -> torch.Tensor:
 @pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools with no more room than is asked for, so that small problems overflow."""
-    from pvsae.saes.kernels.triton import encode
+    from pvsae.saes.kernels.triton import encode, joint
 
     monkeypatch.setattr(encode, "LEAST_ROOM", 1)
+    monkeypatch.setattr(joint, "LEAST_ROOM", 1)
 
 
 def small_tiles():
@@ -228,6 +229,22 @@ def test_survivors(low: float) -> None:
 
 
 @here
+@pytest.mark.parametrize(("low", "room", "fits"), [(1.0, 400, True), (1e9, 400, False), (0.0, 100, False)])
+def test_joint_selection_of_a_process_with_others_that_have_nothing(low: float, room: int, fits: bool, little_room: None) -> None:
+    x, W, b = problem(20, 50, 24, seed=1)
+    acts = dense(x, W, b)
+    summed = []
+    found = kernels.encode_select_joint(
+        x, W, b, 60, torch.tensor(low, device=DEVICE), sum_=summed.extend, places=lambda at: 3 * at + 2**33,
+        here=lambda at: (at - 2**33) // 3, n_places=2**34, room=room,
+    )  # fmt: skip
+    assert (found is not None) == fits
+    if found is not None:
+        is_selection(*found, acts, 60)
+    assert {len(counts) for counts in summed} == {2, 2048}, "counts are what goes to others"
+
+
+@here
 def test_shapes_that_do_not_fit_are_refused() -> None:
     x, W, b = problem(4, 6, 3)
     for wrong in ((x[:, :2], W, b), (x, W, b[:3]), (x[0], W, b), (x[:0], W, b)):
@@ -283,10 +300,11 @@ def test_weight_grads(batch: int, d_sae: int, d: int, n: int, dtype: torch.dtype
     G, X = torch.randn(batch, d, device=DEVICE), torch.randn(batch, d, device=DEVICE).to(dtype)
     c = torch.randn(n, device=DEVICE)
     at = by_latent(kept, d_sae)
-    dec, enc, bias = kernels.both_weight_grads(at, kept.value, G, c, X)
+    dec, enc, bias, along = kernels.both_weight_grads(at, kept.value, G, c, X)
     torch.testing.assert_close(dec, matrix_of(kept, batch, d_sae).T @ G, **CLOSE)
     torch.testing.assert_close(enc, matrix_of(kept, batch, d_sae, c).T @ X.float(), **CLOSE)
     torch.testing.assert_close(bias, matrix_of(kept, batch, d_sae, c).sum(0), **CLOSE)
+    torch.testing.assert_close(along, matrix_of(kept, batch, d_sae, c * kept.value).sum(0), **CLOSE)
     assert torch.equal(kernels.weight_grads(at, kept.value, G), dec)
     assert torch.equal(kernels.weight_grads(at, c, X), enc)
     empty = torch.bincount(kept.latent, minlength=d_sae) == 0
@@ -300,7 +318,7 @@ def test_products_of_nothing() -> None:
     W, G = torch.ones(6, 5, device=DEVICE), torch.ones(4, 5, device=DEVICE)
     assert torch.equal(kernels.decode(kept, W, 4), torch.zeros(4, 5, device=DEVICE))
     assert kernels.value_grads(kept, G, W).shape == (0,)
-    dec, enc, bias = kernels.both_weight_grads(by_latent(kept, 6), kept.value, G, kept.value, G)
+    dec, enc, bias, _ = kernels.both_weight_grads(by_latent(kept, 6), kept.value, G, kept.value, G)
     assert not bool(dec.any() | enc.any())
     assert not bool(bias.any())
 
@@ -314,7 +332,7 @@ def test_gradients_are_those_of_autograd() -> None:
     kept, _ = kernels.encode_select(x, W_enc, b_enc, n, 1.0, tiles=small_tiles())
     G = 2 / batch * (kernels.decode(kept, W_dec, batch) - x)
     c = kernels.value_grads(kept, G, W_dec)
-    found = kernels.both_weight_grads(by_latent(kept, d_sae), kept.value, G, c, x)
+    found = kernels.both_weight_grads(by_latent(kept, d_sae), kept.value, G, c, x)[:3]
 
     leaves = [t.clone().requires_grad_() for t in (W_dec, W_enc, b_enc)]
     mask = matrix_of(kept, batch, d_sae) > 0
@@ -401,19 +419,3 @@ def test_adam_refuses_what_it_would_get_wrong() -> None:
         kernels.adam_(param, other.T, param.clone(), param.clone(), step=1, lr=0.1)
     with pytest.raises(ValueError, match="fp32"):
         kernels.adam_(param.bfloat16(), param, param.clone(), param.clone(), step=1, lr=0.1)
-
-
-@here
-def test_a_whole_step_is_that_of_the_eager_path() -> None:
-    from pvsae.saes.step import Learner, StepConfig
-
-    made = [
-        Learner(20, 50, StepConfig(kernels=k), seed=1, device=DEVICE, product_dtype=torch.float32) for k in ("eager", "triton")
-    ]
-    for seed in range(3):
-        x = torch.randn(33, 20, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        a, b = (learner.step(x, 4, 1e-3) for learner in made)
-        assert a.l0 == b.l0
-        assert a.loss == pytest.approx(b.loss, rel=1e-5)
-    for p, q in zip(made[0].parameters(), made[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, **CLOSE)

@@ -4,8 +4,9 @@ Knows: whether Triton can run here, and which module holds which function.
 Does not know: when to use them (kernels/__init__.py decides), or the eager path.
 
     encode_select, survivors   encode.py    the encoder's product with selection in its epilogue; [B, F] is never written
+    encode_select_joint        joint.py     the same for processes that share tokens and latents
     decode, value_grads        products.py  sums over a token's kept latents
-    weight_grads, both_weight_grads         sums over a latent's kept tokens: no atomics, the same bits every time
+    weight_grads, both_weight_grads, latent_grads   sums over a latent's kept tokens: no atomics, the same bits every time
     by_latent                  order.py     the order of the latter
     adam_                      adam.py      Adam, projection and renormalisation in one pass over a row
 
@@ -25,12 +26,14 @@ from typing import Any
 
 _HOMES = {
     "encode_select": "encode",
+    "encode_select_joint": "joint",
     "survivors": "encode",
     "Tiles": "encode",
     "decode": "products",
     "value_grads": "products",
     "weight_grads": "products",
     "both_weight_grads": "products",
+    "latent_grads": "products",
     "adam_": "adam",
     "by_latent": "order",
 }

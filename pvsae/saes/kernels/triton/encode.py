@@ -21,7 +21,6 @@ this has been measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from pvsae.saes.kernels.eager import Sparse
 from pvsae.saes.kernels.triton.append import append
 from pvsae.saes.kernels.triton.order import from_flat
 from pvsae.saes.kernels.triton.select import Pool, largest
+from pvsae.saes.later import read_later
 
 LEAST_ROOM = 1024  # of a pool, however few are kept
 BINS = 2048
@@ -358,11 +358,11 @@ def encode_select(
         bounds = [Bound(value * slack)]
     for bound in bounds:
         pool = encoder.collect(bound, capacity)
-        read = _read_later(pool.filled)
+        read = read_later(pool.filled)
         # Queued before the host knows whether it is of use: then the device need not wait for the host.
         found = largest(pool, n_keep, encoder.n_flat)
         kept = from_flat(found.flat, found.value, len(W_enc))
-        count = read()
+        (count,) = read()
         if n_keep <= count <= capacity:
             return kept, found.threshold
         if bound.at_least is None:
@@ -405,19 +405,3 @@ def _none(x: Tensor, d_sae: int) -> Sparse:
 def _rows(matrix: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """The matrix with its rows contiguous, which they usually are."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _read_later(count: Int[Tensor, " 1"]) -> Callable[[], int]:
-    """Starts copying a number to the host; the function returned waits for the copy, but not for what was queued after it."""
-    if not count.is_cuda:
-        return lambda: int(count)
-    host = torch.empty(1, dtype=torch.int64, pin_memory=True)
-    host.copy_(count, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> int:
-        copied.synchronize()
-        return int(host)
-
-    return read

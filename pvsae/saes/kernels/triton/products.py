@@ -21,8 +21,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from pvsae.saes.kernels.eager import ByLatent, Sparse
-from pvsae.saes.kernels.triton.order import by_token
+from pvsae.saes.kernels.eager import ByLatent, LatentGrads, Sparse
+from pvsae.saes.kernels.triton.order import by_latent, by_token
 
 COLUMNS = 512  # of a tile: 4 neighbouring fp32 a thread at 4 warps
 PAIRS = 4  # rows on their way at once
@@ -82,10 +82,11 @@ def _gather_sum(token_ptr, weight_ptr, start, end, row_ptr, stride, column, insi
 
 @triton.jit
 def _weight_grads(
-    token_ptr, start_ptr, a_ptr, g_ptr, dec_ptr, c_ptr, x_ptr, enc_ptr, bias_ptr, d, g_stride, x_stride,
+    token_ptr, start_ptr, a_ptr, g_ptr, dec_ptr, c_ptr, x_ptr, enc_ptr, bias_ptr, along_ptr, d, g_stride, x_stride,
     BOTH: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dec[f] = sum of a * g[token]; BOTH: enc[f] = sum of c * x[token], bias[f] = sum of c. One program a latent and columns.
+    """dec[f] = sum of a * g[token]; BOTH: enc[f] = sum of c * x[token], bias[f] = sum of c, along[f] = sum of a * c. One
+    program a latent and columns.
 
     Latents are the first axis of the grid, which runs fastest: programs at work together share column tiles of g and x.
     """
@@ -101,10 +102,14 @@ def _weight_grads(
         tl.store(enc_ptr + latent * d + column, enc, mask=inside)
         if tl.program_id(1) == 0:
             bias = tl.zeros((COLUMNS,), dtype=tl.float32)
+            along = tl.zeros((COLUMNS,), dtype=tl.float32)
             for first in range(start, end, COLUMNS):
                 pair = first + tl.arange(0, COLUMNS)
-                bias += tl.load(c_ptr + pair, mask=pair < end, other=0.0)
+                c = tl.load(c_ptr + pair, mask=pair < end, other=0.0)
+                bias += c
+                along += c * tl.load(a_ptr + pair, mask=pair < end, other=0.0)
             tl.store(bias_ptr + latent, tl.sum(bias, 0))
+            tl.store(along_ptr + latent, tl.sum(along, 0))
 
 
 def decode(kept: Sparse, W_dec: Float[Tensor, "d_sae d_model"], batch: int) -> Float[Tensor, "batch d_model"]:
@@ -146,14 +151,28 @@ def both_weight_grads(
     G: Float[Tensor, "batch d_model"],
     c: Float[Tensor, " n"],
     X: Float[Tensor, "batch d_model"],
-) -> tuple[Float[Tensor, "d_sae d_model"], Float[Tensor, "d_sae d_model"], Float[Tensor, " d_sae"]]:
-    """Sums over each latent's kept tokens of a * G[token], c * X[token] and c, in one launch; a and c are in Sparse's order.
+) -> tuple[Float[Tensor, "d_sae d_model"], Float[Tensor, "d_sae d_model"], Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+    """Sums over each latent's kept tokens of a * G[token], c * X[token], c and a * c, in one launch.
 
-    With a the kept activations, c their gradients, G the reconstruction's gradient and X the encoder's input these are the
-    gradients of W_dec, W_enc and b_enc.
+    a and c are in Sparse's order. With a the kept activations, c their gradients, G the reconstruction's gradient and X the
+    encoder's input these are the gradients of W_dec, W_enc and b_enc, and the component of the first along the rows of W_dec.
     """
-    dec, enc, bias = _by_latent(at, a, G, c, X)
-    return dec, enc, bias
+    dec, enc, bias, along = _by_latent(at, a, G, c, X)
+    return dec, enc, bias, along
+
+
+def latent_grads(
+    kept: Sparse,
+    of_value: Float[Tensor, " n"],
+    error: Float[Tensor, "batch d_model"],
+    x: Float[Tensor, "batch d_model"],
+    scale: float,
+    d_sae: int,
+) -> LatentGrads:
+    """Gradients of what latents have, given those of the kept values; the reconstruction's is scale * error, x the encoder's
+    input."""
+    W_dec, W_enc, b_enc, along = both_weight_grads(by_latent(kept, d_sae), kept.value * scale, error, of_value, x)
+    return LatentGrads(W_enc, W_dec, b_enc, along.div_(scale))
 
 
 def _by_latent(at: ByLatent, a: Tensor, G: Tensor, c: Tensor | None = None, X: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -163,13 +182,13 @@ def _by_latent(at: ByLatent, a: Tensor, G: Tensor, c: Tensor | None = None, X: T
     a = a[at.order]
     c = c[at.order] if c is not None else a
     outs = [torch.empty(d_sae, d, dtype=torch.float32, device=G.device) for _ in range(1 + both)]
-    bias = torch.empty(d_sae, dtype=torch.float32, device=G.device)
+    bias, along = (torch.empty(d_sae, dtype=torch.float32, device=G.device) for _ in range(2))
     columns = _columns(d)
     _weight_grads[(d_sae, triton.cdiv(d, columns))](
-        at.token, at.start, a, G, outs[0], c, X, outs[-1], bias, d, G.stride(0), X.stride(0),
+        at.token, at.start, a, G, outs[0], c, X, outs[-1], bias, along, d, G.stride(0), X.stride(0),
         BOTH=both, PAIRS=PAIRS, COLUMNS=columns,
     )  # fmt: skip
-    return *outs, bias
+    return *outs, bias, along
 
 
 def _columns(d: int) -> int:

@@ -11,6 +11,7 @@ digit. A pass reads the list once, 12 bytes an element; a billion flat indices m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,11 +39,15 @@ class Pool(NamedTuple):
 
 
 class Largest(NamedTuple):
-    """What was selected, in any order, and its smallest value, on the device. Meaningless if the pool held fewer than n."""
+    """What was selected, in any order, and its smallest value, on the device. Meaningless if the pool held fewer than n.
+
+    filled [1]: how many places hold something: all of them, or what is kept of this pool where there are others.
+    """
 
     value: Float[Tensor, " n"]
     flat: Int[Tensor, " n"]
     threshold: Float[Tensor, ""]
+    filled: Int[Tensor, " 1"]
 
 
 @triton.jit
@@ -107,12 +112,14 @@ def _shifts(bits: int) -> list[int]:
     return list(range((max(bits, 1) - 1) // DIGIT_BITS * DIGIT_BITS, -1, -DIGIT_BITS))
 
 
-def largest(pool: Pool, n: int, n_flat: int) -> Largest:
+def largest(pool: Pool, n: int, n_flat: int, sum_: Callable[[Sequence[Tensor]], None] | None = None) -> Largest:
     """The n largest of the pool, ties going to the lowest flat index; the pool must hold at least n.
 
     Args:
         n: at least 1.
         n_flat: flat indices are below this.
+        sum_: adds tensors up over processes, in place. With it, the n largest of all their pools are found, and each process gets
+            those that are its own; no flat index may be in two pools.
     """
     device, capacity = pool.value.device, len(pool.value)
     passes = [(False, s) for s in _shifts(VALUE_BITS)] + [(True, s) for s in _shifts((n_flat - 1).bit_length())]
@@ -122,10 +129,13 @@ def largest(pool: Pool, n: int, n_flat: int) -> Largest:
     grid = (triton.cdiv(capacity, BLOCK),)
     for counts, (second, shift) in zip(digits, passes, strict=True):
         _count_digits[grid](*pool, known, counts, capacity, shift, SECOND=second, BITS=DIGIT_BITS, SIZE=BLOCK)
+        if sum_ is not None:
+            sum_((counts,))
         _next_digit[(1,)](counts, known, shift, SECOND=second, BITS=DIGIT_BITS)
-    value = torch.empty(n, dtype=torch.float32, device=device)
-    flat = torch.empty(n, dtype=torch.int64, device=device)
+    room = n if sum_ is None else min(n, capacity)
+    value = torch.empty(room, dtype=torch.float32, device=device)
+    flat = torch.empty(room, dtype=torch.int64, device=device)
     kept = torch.zeros(1, dtype=torch.int64, device=device)
-    _compact[grid](*pool, known, kept, value, flat, capacity, n, ROWS=16, COLUMNS=BLOCK // 16)
+    _compact[grid](*pool, known, kept, value, flat, capacity, room, ROWS=16, COLUMNS=BLOCK // 16)
     threshold = (2**VALUE_BITS - 1 - known[0]).to(torch.int32).view(torch.float32)
-    return Largest(value, flat, threshold)
+    return Largest(value, flat, threshold, kept)
