@@ -23,7 +23,7 @@ from tests.saes.corpora import write_texts
 
 COMMANDS = [
     "demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "decompose", "report",
-    "sae train", "sae eval", "sae list",
+    "sae train", "sae eval", "sae list", "chat",
 ]  # fmt: skip
 
 
@@ -131,6 +131,10 @@ CASES = {
     "unknown block": (f"{STEER} --blocks 4", "block 4 does not exist"),
     "unknown block to read": (f"{MONITOR} --block -1", "block -1"),
     "unknown block to try": (f"{LAYERS} --blocks 9", "block 9"),
+    "nothing to steer with": (f"steer {TINY} {QUICK}", "nothing to steer with"),
+    "options of features": (f"{STEER} --together", "--together without --feature"),
+    "options of vectors": (f"{STEER} --multi-layer --feature {{p}}/sae:1", "--multi-layer with --feature"),
+    "missing dictionary of a feature": (f"steer {TINY} {QUICK} --feature {{p}}/sae:1", "there is no dictionary"),
     "mismatched d_model": (f"steer {{p}}/narrow.safetensors {TINY} {QUICK}", "d_model=32"),
     "noise as vectors": (f"steer {{p}}/noise.safetensors {TINY} {QUICK}", "noise.safetensors"),
     "missing vectors": (f"steer {{p}}/none {TINY} {QUICK}", "no vectors at"),

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from pvsae.errors import UserError
-from pvsae.models.offsets import Cover, tokenise
+from pvsae.models.offsets import Cover, Covering
 from pvsae.saes.evaluate import special_ids
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def labelled_row(
     if len(rendered.ids) > model.n_ctx:
         raise UserError(f"a chat of {len(rendered.ids)} tokens", f"at most {model.n_ctx}, the context of {model.name}")
     added = {int(i): str(token) for i, token in model.tokenizer.added_tokens_decoder.items()}
-    ids, cover = tokenise(model.tokenizer, rendered.text, added)
+    ids, cover = Covering(model.tokenizer, added)(rendered.text)
     starts = _starts(rendered, cover, messages)
     segment = np.full(len(ids), OUTSIDE, dtype=np.int32)
-    last_chars = np.array([end - 1 for _, end in cover])
+    last_chars = cover[:, 1] - 1
     found: list[int] = []
     for message, start, end, label in stretches:
         if not 0 <= start < end <= len(messages[message]["content"]):

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import decompose, extract, layers, monitor, sae_eval, sae_features, sae_train, steer
+    from pvsae.stages import decompose, extract, feature_steer, layers, monitor, sae_eval, sae_features, sae_train, steer
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
+    from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
+STAGES = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "DecomposeResult",
     "ExtractConfig",
     "ExtractResult",
+    "FeatureSteerConfig",
+    "FeatureSteerResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "SteerResult",
     "decompose",
     "extract",
+    "feature_steer",
     "layers",
     "monitor",
     "sae_eval",

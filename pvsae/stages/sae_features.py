@@ -24,7 +24,8 @@ import pandas as pd
 from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, jsonable, read_json, write_json
-from pvsae.stages.sae_eval import _pin, _source
+from pvsae.stages.inputs import pin
+from pvsae.stages.sae_eval import _digest, _source
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -228,7 +229,7 @@ def _place(config: SaeFeaturesConfig, folder: RunDir, model: ChatModel | None, p
     block = check_block(sae, model, config.block)
     corpus_config, held_out = _corpus(config, model, sae)
     corpus = Corpus(model, corpus_config, progress=progress)
-    _pin(folder, model, [sae])
+    pin(folder, model, {f"dictionary {sae.ref}": _digest(sae)})
     place, notes = Place(model, sae, block, corpus, held_out), list(sae.info.notes)
     if sae.info.outliers is not None and sae.info.outliers.median_norm is None:
         median = folder.do_json("median", lambda: median_norm(place, batch_tokens=config.batch_tokens))
