@@ -144,7 +144,7 @@ def tables(dictionary: Path, vectors: dict[bool, Path], out: Path) -> dict[str, 
     """The tables of `pvsae decompose`, of both vectors."""
     from pvsae.stages import DecomposeConfig, decompose
 
-    found = {}
+    found: dict[str, Any] = {}
     for signed, vector in vectors.items():
         config = DecomposeConfig(vectors=str(vector), dictionary=str(dictionary), k=20, model="Qwen/Qwen2.5-7B-Instruct")
         found |= {f"{signed}/{name}": t for name, t in decompose.run(config, out / f"{signed}").tables.items()}
