@@ -36,6 +36,7 @@ from pvsae.saes.dictionary import SAE
 from pvsae.saes.folders import CONFIG, load, save
 from pvsae.saes.grid import check_shards, grid_of
 from pvsae.saes.info import SAEInfo
+from pvsae.saes.kernels import CHOICES, PRODUCTS
 from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.step import Learner, StepConfig, StepStats
 
@@ -145,6 +146,7 @@ class TrainConfig:
             raise UserError(f"warmup is {self.warmup}", "a number of steps, 0 for none")
         if not self.k_start > 0:
             raise UserError(f"k_start is {self.k_start}", "a positive number")
+        _check_step(self.step)
         names = [d.name for d in self.dictionaries]
         if len(set(names)) < len(names):
             raise UserError(
@@ -170,6 +172,24 @@ class TrainConfig:
         length = self.k_anneal * self.steps
         extra = (self.k_start - 1) * max(0.0, 1 - step / length) if length else 0.0
         return min(k * (1 + extra), d_sae)
+
+
+def _check_step(step: StepConfig) -> None:
+    """Raises UserError for options of a step with which it would go wrong without a word (a clip below 0 climbs), or late."""
+    wrong = {
+        "aux_coef": (step.aux_coef >= 0, "0 or more; 0 leaves dead latents dead"),
+        "aux_k": (step.aux_k is None or step.aux_k >= 1, "at least 1, or null for half of d_model"),
+        "dead_after": (step.dead_after >= 1, "at least 1 token"),
+        "clip": (step.clip is None or step.clip > 0, "a positive number, or null for no limit"),
+        "threshold_decay": (0 <= step.threshold_decay < 1, "a number from 0 to less than 1"),
+        "betas": (all(0 <= beta < 1 for beta in step.betas), "two numbers from 0 to less than 1"),
+        "eps": (step.eps > 0, "a positive number"),
+        "kernels": (step.kernels in CHOICES, "one of " + ", ".join(CHOICES)),
+        "product": (step.product in PRODUCTS, "one of " + ", ".join(PRODUCTS)),
+    }
+    for name, (right, expected) in wrong.items():
+        if not right:
+            raise UserError(f"step.{name} is {getattr(step, name)}", expected)
 
 
 @dataclass(frozen=True)

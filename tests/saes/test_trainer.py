@@ -175,6 +175,12 @@ def test_annealed_k_is_what_the_steps_keep(tmp_path: Path) -> None:
     [
         ({"tokens": 100}, "one whole batch"), ({"batch": 0}, "batch is 0"), ({"dictionaries": ()}, "no dictionary"),
         ({"decay": 1.5}, "decay is 1.5"), ({"warmup": -5}, "warmup is -5"), ({"k_start": -3}, "k_start is -3"),
+        ({"step": StepConfig(clip=-1.0)}, "step.clip is -1"), ({"step": StepConfig(clip=0.0)}, "null for no limit"),
+        ({"step": StepConfig(dead_after=0)}, "step.dead_after is 0"), ({"step": StepConfig(aux_k=0)}, "step.aux_k is 0"),
+        ({"step": StepConfig(betas=(0.9, 2.0))}, "step.betas is"), ({"step": StepConfig(threshold_decay=1.0)}, "less than 1"),
+        ({"step": StepConfig(kernels="cuda")}, "one of auto, eager, triton"),
+        ({"step": StepConfig(aux_coef=-1.0)}, "step.aux_coef"),
+        ({"step": StepConfig(product="fp8")}, "step.product is fp8"), ({"step": StepConfig(eps=0.0)}, "step.eps is 0"),
         ({"dictionaries": (DictionaryConfig(block=1, d_sae=8, k=2),) * 2}, "are the same"),
     ],
 )  # fmt: skip
