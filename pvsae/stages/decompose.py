@@ -23,7 +23,7 @@ from torch import Tensor
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json, write_json
 from pvsae.stages.costs import costs, ledger_of
-from pvsae.stages.inputs import Setup, open_judge, open_model, open_run, open_traits, pin_inputs
+from pvsae.stages.inputs import Setup, open_judge, open_model, open_run, open_traits, pin, pin_inputs
 from pvsae.stages.matching import (
     Source,
     answers_of,
@@ -238,16 +238,8 @@ def _pin(folder: RunDir, job: _Job, model: ChatModel | None, traits: Sequence[Tr
     if model is not None:
         pin_inputs(folder, model, traits, job.source.known, digests)
         return
-    numbers = {name: hashlib.sha256(job.vector(name).numpy().tobytes()).hexdigest() for name in job.source.known}
-    now = {**digests, **{f"vectors of {name}": digest for name, digest in numbers.items()}}
-    before = folder.do_json("inputs", lambda: now)
-    changed = [what for what in now if before.get(what) != now[what]]
-    if changed:
-        raise UserError(
-            f"the {', the '.join(changed)} changed since the run in {folder.path} began",
-            "the same inputs until a run is finished",
-            "choose another --out, or delete that folder",
-        )
+    numbers = {f"vectors of {name}": hashlib.sha256(job.vector(name).numpy().tobytes()).hexdigest() for name in job.source.known}
+    pin(folder, None, {**digests, **numbers})
 
 
 def _trait(

@@ -309,15 +309,16 @@ def pin_inputs(
     pin(run, model, now)
 
 
-def pin(run: RunDir, model: ChatModel, hashes: Mapping[str, str]) -> None:
-    """Remember a model's weights and the hashes of other inputs, by what a user would call them, when a run begins.
+def pin(run: RunDir, model: ChatModel | None, hashes: Mapping[str, str]) -> None:
+    """Remember a model's weights (if there is one) and the hashes of other inputs, by what a user calls them, as a run begins.
 
     Raises:
         UserError: the run began with other ones.
     """
     from pvsae.models.fingerprint import fingerprint
 
-    now = {"weights of the model (with adapter and dtype)": fingerprint(model), **hashes}
+    weights = {} if model is None else {"weights of the model (with adapter and dtype)": fingerprint(model)}
+    now = {**weights, **hashes}
     before = run.do_json("inputs", lambda: now)
     changed = [what for what in now if before.get(what) != now[what]]
     if changed:

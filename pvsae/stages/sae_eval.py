@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
@@ -138,7 +138,20 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
             folder.close()
 
 
-def _model_of(config: SaeEvalConfig, sae: SAE) -> tuple[str, str | None, str]:
+class _Model(Protocol):
+    """What configs that evaluate a dictionary say of its model."""
+
+    @property
+    def dictionary(self) -> str: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def chat(self) -> str: ...
+
+
+def _model_of(config: _Model, sae: SAE) -> tuple[str, str | None, str]:
     """Name, adapter and chat mode: the config's, else those that the dictionary was trained with. UserError without a name."""
     own = sae.info.training.get("model") or {"name": sae.info.model}  # only our own trainings say more than a name
     if config.model is not None:
@@ -147,6 +160,13 @@ def _model_of(config: SaeEvalConfig, sae: SAE) -> tuple[str, str | None, str]:
         raise UserError(f"{config.dictionary} does not say which model it is of", "a model", "--model NAME")
     chat = config.chat if config.chat != "auto" else own.get("chat", "auto")
     return own["name"], config.adapter or own.get("adapter"), chat
+
+
+def _masks_of(sae: SAE) -> dict[str, Any]:
+    """Which tokens of any text the dictionary is for, as options of a corpus."""
+    trained = sae.info.training.get("corpus", {})
+    found = {name: trained[name] for name in ("tokens", "skip_special") if name in trained}
+    return {"drop_first": sae.info.drop_first, **found}
 
 
 def _digest(sae: SAE) -> str:
@@ -172,11 +192,9 @@ def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:
         corpus_config = CorpusConfig(
             sources=tuple(_source(text) for text in config.text),
             context=context,
-            drop_first=sae.info.drop_first,
-            tokens=trained.get("tokens", "all"),
-            skip_special=trained.get("skip_special", True),
             held_out=config.held_out,
             seed=config.seed,
+            **_masks_of(sae),
         )
     elif trained:
         corpus_config = replace(settings.build(CorpusConfig, trained, "its corpus"), context=context)
@@ -276,9 +294,9 @@ def _summary(
     if "agreement" in tables:
         headline.append({"label": "mean max cosine with the other", "value": f"{tables['agreement']['mmcs'].iloc[0]:.3f}"})
     n = int(quality["tokens"]["kept"])
-    trained = sae.info.training.get("corpus", {})
-    left_out = ["what no assistant says in a chat"] if trained.get("tokens") == "answers" else []
-    left_out += ["special tokens"] if trained.get("skip_special", True) else []
+    masks = _masks_of(sae)
+    left_out = ["what no assistant says in a chat"] if masks.get("tokens") == "answers" else []
+    left_out += ["special tokens"] if masks.get("skip_special", True) else []
     left_out += [f"the first {sae.info.drop_first} tokens of a row"]
     return {
         "title": "Evaluation of a dictionary",

@@ -25,7 +25,7 @@ from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, jsonable, read_json, write_json
 from pvsae.stages.inputs import pin
-from pvsae.stages.sae_eval import _digest, _source
+from pvsae.stages.sae_eval import _digest, _masks_of, _model_of, _source
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -220,10 +220,8 @@ def _place(config: SaeFeaturesConfig, folder: RunDir, model: ChatModel | None, p
     from pvsae.saes.gather import Place, median_norm
 
     if model is None:
-        name = config.model or load(config.dictionary).info.model
-        if name is None:
-            raise UserError(f"{config.dictionary} does not say which model it is of", "a model", "--model NAME")
-        model = load_model(name, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat)
+        name, adapter, chat = _model_of(config, load(config.dictionary))
+        model = load_model(name, adapter=adapter, dtype=config.dtype, device=config.device, chat=chat)
     sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
     _count(config, sae)
     block = check_block(sae, model, config.block)
@@ -247,9 +245,7 @@ def _corpus(config: SaeFeaturesConfig, model: ChatModel, sae: SAE) -> tuple[Corp
         if config.held_out:
             raise UserError("held_out with a text of your own", "the dictionary's own text", "leave out --text or --held-out")
         sources = tuple(_source(text) for text in config.text)
-        return CorpusConfig(
-            sources=sources, context=context, drop_first=sae.info.drop_first, held_out=0.0, seed=config.seed
-        ), False
+        return CorpusConfig(sources=sources, context=context, held_out=0.0, seed=config.seed, **_masks_of(sae)), False
     if "corpus" not in sae.info.training:
         raise UserError(
             f"no text, and {sae.ref} does not say on which it was trained", "files, or names of datasets", "--text FILE"

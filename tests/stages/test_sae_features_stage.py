@@ -16,8 +16,8 @@ from pvsae.cli import main
 from pvsae.errors import UserError
 from pvsae.reports import write_feature_page, write_report
 from pvsae.saes.cards import read_cards
-from pvsae.saes.folders import save
-from pvsae.stages.sae_features import SaeFeaturesConfig, plan, run
+from pvsae.saes.folders import load, save
+from pvsae.stages.sae_features import SaeFeaturesConfig, _corpus, plan, run
 from tests.fake_server import END, FakeServer
 from tests.saes.corpora import text
 from tests.saes.small import make_sae
@@ -146,6 +146,19 @@ def test_without_a_server_everything_else_is_made(made, tmp_path):
     result = run(replace(config, label_model="fake", label_url=url), tmp_path / "run", model=model, progress=False)
     assert len(result.table) == 4
     assert any("No labels" in note and "no answer" in note for note in result.summary["notes"])
+
+
+def test_text_is_read_with_the_model_and_the_masks_of_the_training(made, tmp_path, monkeypatch):
+    model, config = made
+    asked = []
+    monkeypatch.setattr("pvsae.models.load", lambda name, **options: asked.append((name, options)) or model)
+    trained = {"model": {"name": "base", "adapter": "lora", "chat": "plain"}}
+    trained["corpus"] = {"sources": [{"path": "gone"}], "tokens": "answers", "skip_special": False}
+    save(load(config.dictionary).with_info(model="base+lora", training=trained), config.dictionary)
+    run(config, tmp_path / "run", progress=False)
+    assert [(name, options["adapter"], options["chat"]) for name, options in asked] == [("base", "lora", "plain")]
+    found, held_out = _corpus(config, model, load(config.dictionary))
+    assert (found.tokens, found.skip_special, found.drop_first, held_out) == ("answers", False, 2, False)
 
 
 def test_live_and_all_features(made, tmp_path):
