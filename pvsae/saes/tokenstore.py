@@ -101,6 +101,7 @@ class TokenStore:
         self.chunk_tokens, self.progress = chunk_tokens, progress
         self._chunks: list[Chunk] = []
         self._firsts: list[int] = []
+        self._reading: tuple[int, Iterator[Value | Bad]] | None = None  # rows that were read, and the others
         chunks = self._chunks
         self._arrays = lru_cache(maxsize=MOST_OPEN)(lambda number: chunks[number].arrays())
 
@@ -165,7 +166,11 @@ class TokenStore:
         made: list[Tokens] = []
         keys: list[int] = []
         tokens, bad, last = 0, Counter[str](), False
-        rows = self.reader.rows(before.after if before else None)
+        reading, self._reading = self._reading, None  # whatever happens here, it does not stand there any more
+        if reading is not None and reading[0] == row:
+            rows = reading[1]
+        else:
+            rows = self.reader.rows(before.after if before else None)
         with self._bar() if bar is None else contextlib.nullcontext(bar) as bar:
             while tokens < self.chunk_tokens and not last:
                 values = list(islice(rows, AT_ONCE))
@@ -183,6 +188,7 @@ class TokenStore:
                 last = len(values) < AT_ONCE or (most is not None and first + len(made) >= most)
                 bar.update(len(values))
                 bar.set_postfix(tokens=f"{tokens:,}", bad=sum(bad.values()), refresh=False)
+        self._reading = None if last else (row, rows)
         offsets = np.cumsum([0, *(len(t.ids) for t in made)], dtype=np.int64)
         arrays = {
             "ids": np.concatenate([t.ids for t in made]) if made else np.zeros(0, np.int32),

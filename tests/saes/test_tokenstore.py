@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from pvsae.models.chat import ChatTemplate
-from pvsae.saes import tokenstore
+from pvsae.saes import sources, tokenstore
 from pvsae.saes.sources import Reader, Source
 from pvsae.saes.tokenising import Tokeniser
 from pvsae.saes.tokenstore import MOST_OPEN, TokenStore
@@ -68,6 +69,30 @@ def test_more_chunks_than_a_process_may_have_open_files(tokeniser, tmp_path, mon
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found == [list(tokeniser.chat.plain(text(i)).ids) for i in (*wanted, *wanted)]
+
+
+def test_rows_before_a_chunk_are_not_read_again(tokeniser, tmp_path, monkeypatch) -> None:
+    """Only a process that goes on with a half-made store has to find its place."""
+    read: list[int] = []
+    lines = sources._jsonl
+    monkeypatch.setattr(sources, "_jsonl", lambda file: (read.append(1) or row for row in lines(file)))
+    path = write_texts(tmp_path / "a.jsonl", 2000)
+    store = make_store(tokeniser, tmp_path, path)
+    head = len(read)
+    store.make_all()
+    assert len(store.chunks) > 5
+    assert len(read) - head == 2000
+    assert everything(store) == [list(tokeniser.chat.plain(text(i)).ids) for i in range(2000)]
+    for chunk in store.chunks[3:]:
+        shutil.rmtree(chunk.folder)
+    again = make_store(tokeniser, tmp_path, path)
+    again.chunk(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "encode", lambda *_: 1 / 0)  # an interruption, of which the process knows
+        with pytest.raises(ZeroDivisionError):
+            again.chunk(4)
+    again.make_all()
+    assert everything(again) == everything(store)
 
 
 def test_nothing_is_tokenised_twice(tokeniser, tmp_path) -> None:
