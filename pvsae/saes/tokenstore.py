@@ -167,10 +167,7 @@ class TokenStore:
         keys: list[int] = []
         tokens, bad, last = 0, Counter[str](), False
         reading, self._reading = self._reading, None  # whatever happens here, it does not stand there any more
-        if reading is not None and reading[0] == row:
-            rows = reading[1]
-        else:
-            rows = self.reader.rows(before.after if before else None)
+        rows = reading[1] if reading and reading[0] == row else self.reader.rows(before.after if before else None)
         with self._bar() if bar is None else contextlib.nullcontext(bar) as bar:
             while tokens < self.chunk_tokens and not last:
                 values = list(islice(rows, AT_ONCE))
