@@ -101,6 +101,7 @@ class TokenStore:
         self.chunk_tokens, self.progress = chunk_tokens, progress
         self._chunks: list[Chunk] = []
         self._firsts: list[int] = []
+        self._alone = False
         self._reading: tuple[int, Iterator[Value | Bad]] | None = None  # rows that were read, and the others
         chunks = self._chunks
         self._arrays = lru_cache(maxsize=MOST_OPEN)(lambda number: chunks[number].arrays())
@@ -121,19 +122,35 @@ class TokenStore:
         return sum((Counter(c.bad) for c in self._chunks), Counter())
 
     def make_all(self) -> None:
-        """Makes every chunk that is not there yet."""
-        with self._bar() as bar:
-            while self.chunk(len(self._chunks), bar) is not None:
-                pass
+        """Makes every chunk that is not there yet, alone: in turn with others, each would have to find its place anew."""
+        with self._bar() as bar, contextlib.ExitStack() as writing:
+            while not (self._chunks and self._chunks[-1].last):
+                self._append(_intact(self._next) or self._make_as(writing, bar))
 
-    def chunk(self, number: int, bar: Any = None) -> Chunk | None:
+    def _make_as(self, writing: contextlib.ExitStack, bar: Any) -> Chunk:
+        """The next chunk, made as the one writer until `writing` ends."""
+        if not self._alone:
+            writing.enter_context(_locked(self.folder))
+            self._alone = True
+            writing.callback(setattr, self, "_alone", False)
+        return _intact(self._next) or self._make(self._next, bar)  # another process may have made it while we waited
+
+    def chunk(self, number: int) -> Chunk | None:
         """A chunk, made now if it was not before; None behind the last one."""
         while len(self._chunks) <= number:
             if self._chunks and self._chunks[-1].last:
                 return None
-            self._chunks.append(self._open(len(self._chunks), bar))
-            self._firsts.append(self._chunks[-1].first)
+            with contextlib.ExitStack() as writing:
+                self._append(_intact(self._next) or self._make_as(writing, None))
         return self._chunks[number]
+
+    @property
+    def _next(self) -> Path:
+        return self.folder / f"chunk-{len(self._chunks):05d}"
+
+    def _append(self, chunk: Chunk) -> None:
+        self._chunks.append(chunk)
+        self._firsts.append(chunk.first)
 
     def sample(self, index: int) -> Tokens:
         """The tokens of a sample, as views of the memory map."""
@@ -150,14 +167,6 @@ class TokenStore:
         return np.concatenate([np.zeros(0, np.uint64), *(chunk.keys() for chunk in self._chunks)])
 
     # ----------------------------------------------------------------------------------------------------------- making
-    def _open(self, number: int, bar: Any) -> Chunk:
-        folder = self.folder / f"chunk-{number:05d}"
-        found = _intact(folder)
-        if found is None:
-            with _locked(self.folder):
-                found = _intact(folder) or self._make(folder, bar)  # another process may have made it while we waited
-        return found
-
     def _make(self, folder: Path, bar: Any) -> Chunk:
         before = self._chunks[-1] if self._chunks else None
         first, row = (before.first + before.samples, before.rows) if before else (0, 0)

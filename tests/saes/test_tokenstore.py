@@ -154,6 +154,29 @@ def test_a_number_of_rows_that_fills_the_last_reading_ends_all_the_same(tokenise
     assert np.array_equal(store.sample(511).ids, list(tokeniser.chat.plain(text(511)).ids))
 
 
+def test_one_of_two_processes_makes_a_store_and_the_other_reads_it(tmp_path) -> None:
+    path = write_texts(tmp_path / "a.jsonl", 1500)
+    code = f"""
+from pathlib import Path
+from pvsae.models.chat import ChatTemplate
+from pvsae.saes.tokenising import Tokeniser
+from tests.conftest import make_tokenizer
+from tests.saes.test_tokenstore import everything, make_store
+calls = []
+store = make_store(Tokeniser(ChatTemplate(make_tokenizer())), Path({str(tmp_path)!r}), {path!r}, calls)
+store.make_all()
+print(sum(calls), len(store.chunks), hash(str(everything(store))))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "PYTHONHASHSEED": "0"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate()[0].split() for process in both]
+    assert sorted(int(words[0]) for words in said) == [0, 1500]
+    assert said[0][1:] == said[1][1:]
+    assert int(said[0][1]) > 3
+
+
 def test_a_killed_pass_goes_on_at_its_last_chunk(tokeniser, tmp_path) -> None:
     path = write_texts(tmp_path / "a.jsonl", 900)
     code = f"""
