@@ -74,7 +74,11 @@ class Tokeniser:
         with _all_cores():
             rendered = self.chat.conversations([bare.get(i) or values[i] for i in chats])  # type: ignore[misc]
             encoded = [values[i] for i in texts]
-            encoded = self.tokenizer(encoded, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+            encoded = (
+                self.tokenizer(encoded, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+                if texts
+                else []
+            )
         for i, chat in zip(chats, rendered, strict=True):
             found[i] = self._chat(chat, strip[i], limit)
         for i, ids in zip(texts, encoded, strict=True):
