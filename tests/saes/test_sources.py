@@ -237,6 +237,15 @@ class TestDatasets:
         (tmp_path / "a.csv").write_text("text,n\nhello,1\nworld,2\n")
         assert rows(Source(path=str(tmp_path / "a.csv"))) == ["hello", "world"]
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_files_packed_as_those_of_the_pile(self, tmp_path, streaming) -> None:
+        """The shipped configs of 7B models read it."""
+        zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed (pip install 'pvsae[sae]')")
+        (tmp_path / "named").mkdir()
+        lines = "".join(json.dumps({"text": text(i), "meta": {"n": i}}) + "\n" for i in range(30))
+        (tmp_path / "named" / "train.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
+        assert rows(Source(dataset=str(tmp_path / "named"), streaming=streaming)) == [text(i) for i in range(30)]
+
     def test_a_streamed_one_goes_on_at_a_place(self, tmp_path) -> None:
         (tmp_path / "named").mkdir()
         write_texts(tmp_path / "named" / "train.jsonl", 300)
