@@ -16,7 +16,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ PLACE = Path(tempfile.gettempdir()) / "pvsae-peers"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all of them train: k of d_sae latents, in `steps` steps with a warm-up and a linear decay."""
+    """What all of them train: k of d_sae latents, in `steps` steps with a warm-up and a linear decay.
+
+    device: of weights and batches; kernels: ours, see StepConfig.
+    """
 
     d_model: int
     d_sae: int
@@ -44,6 +47,8 @@ class Recipe:
     decay: int = 2000
     dead_after: int = 10_000_000
     seed: int = 0
+    device: str = "cpu"
+    kernels: str = "auto"
 
 
 @dataclass
@@ -74,16 +79,17 @@ def scheduled(r: Recipe, step: int) -> float:
 def ours(r: Recipe, first: Tensor) -> Trainee:
     from pvsae.saes.trainer import geometric_median
 
-    learner = Learner(r.d_model, r.d_sae, StepConfig(dead_after=r.dead_after), seed=r.seed, center=geometric_median(first))
+    config = StepConfig(dead_after=r.dead_after, kernels=r.kernels)
+    learner = Learner(r.d_model, r.d_sae, config, seed=r.seed, center=geometric_median(first), device=r.device)
     done = [0]
 
     def step(x: Tensor) -> None:
-        learner.step(x, r.k, scheduled(r, done[0]))
+        learner.begin(x, r.k, scheduled(r, done[0]))  # its statistics are made, and read where a training logs them
         done[0] += 1
 
     def encode(x: Tensor) -> Tensor:
         kept, _ = learner.select(x, r.k)
-        return torch.zeros(len(x), r.d_sae).index_put_((kept.token, kept.latent), kept.value)
+        return torch.zeros(len(x), r.d_sae, device=x.device).index_put_((kept.token, kept.latent), kept.value)
 
     def mark_dead(mask: Tensor) -> None:
         learner.silent_for[mask] = r.dead_after
@@ -100,10 +106,11 @@ def saelens(r: Recipe, first: Tensor, autocast: bool = False) -> Trainee:
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(r.seed)
-    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=r.d_model, d_sae=r.d_sae, k=r.k))
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=r.d_model, d_sae=r.d_sae, k=r.k, device=r.device))
     config = SAETrainerConfig(
         total_training_samples=r.steps * r.batch, train_batch_size_samples=r.batch, lr=r.lr, lr_end=0.0,
         lr_warm_up_steps=r.warmup, lr_decay_steps=r.decay, autocast=autocast, dead_feature_window=r.dead_after // r.batch,
+        device=r.device,
     )  # fmt: skip
     trainer: Any = SAETrainer(config, sae, iter(()))
 
@@ -121,7 +128,7 @@ def dictionary_learning(r: Recipe, first: Tensor) -> Trainee:
     Trainer = _import_dictionary_learning()
     trainer = Trainer(
         steps=r.steps, activation_dim=r.d_model, dict_size=r.d_sae, k=r.k, layer=0, lm_name="none", lr=r.lr,
-        warmup_steps=r.warmup, decay_start=r.steps - r.decay, seed=r.seed, device="cpu", threshold_start_step=0,
+        warmup_steps=r.warmup, decay_start=r.steps - r.decay, seed=r.seed, device=r.device, threshold_start_step=0,
     )  # fmt: skip
     trainer.dead_feature_threshold = r.dead_after
     trainer.ae.b_dec.data = trainer.geometric_median(first)
@@ -161,6 +168,10 @@ def _import_dictionary_learning() -> Any:
     return importlib.import_module("dictionary_learning.trainers.batch_top_k").BatchTopKTrainer
 
 
+def saelens_bf16(r: Recipe, first: Tensor) -> Trainee:
+    return replace(saelens(r, first, autocast=True), name="saelens_bf16")
+
+
 PEERS: dict[str, Callable[[Recipe, Tensor], Trainee]] = {
-    "pvsae": ours, "saelens": saelens, "dictionary_learning": dictionary_learning,
+    "pvsae": ours, "saelens": saelens, "saelens_bf16": saelens_bf16, "dictionary_learning": dictionary_learning,
 }  # fmt: skip

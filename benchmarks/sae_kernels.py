@@ -1,20 +1,29 @@
-"""The Triton kernels of a dictionary's training step beside the eager path, part by part, on a GPU.
+"""A dictionary's training step on a GPU: Triton's kernels beside the eager path, part by part, and whole steps beside SAELens.
 
-    python -m benchmarks.sae_kernels [--quick] [--tiles]
+    python -m benchmarks.sae_kernels [--quick] [--tiles] [--check]
 
 Random weights and activations of one shape (d 3584, F 131072, k 64, B 4096; smaller with --quick). Both paths do each part on
 the same numbers and take turns; what counts is the median over the turns of the ratio of their times within a turn. Before
 that, their results are compared. --tiles also times the encoder with other shapes of its tiles.
 
-Without a CUDA GPU, or without Triton, nothing is run: every check says "not measured", and nothing passes or fails.
+Whole steps are those of a training: the loss, all gradients, the optimiser, threshold and dead counting, on batches that change.
+Ours takes turns with one other trainer at a time (three dictionaries of this size do not fit a GPU): the eager path, SAELens in
+fp32, SAELens in bf16 autocast; then with a tenth of the latents dead.
+
+Without a CUDA GPU, or without Triton, nothing is run: every check says "not measured", and nothing passes or fails. --check runs
+all of it on a tiny shape, in Triton's interpreter where there is no GPU (TRITON_INTERPRET=1): results are compared, times mean
+nothing, and nothing is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import statistics
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,12 +31,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.generation import ratio, take_turns
+from benchmarks.peers import PEERS, Recipe, Trainee
 from benchmarks.record import check, record
+from benchmarks.sae_training import DEAD_SHARE, batches
 from pvsae.saes.kernels import eager
 from pvsae.saes.kernels import triton as kernels
 
 MARGIN = 0.9  # of the last step's threshold, from which both paths collect
-FASTER = ("encode_select", "decode", "value_grads", "weight_grads", "adam", "step")
+PARTS = ("encode_select", "decode", "value_grads", "weight_grads", "adam")
+OTHERS = ("eager", "saelens", "saelens_bf16")
+TARGETS = {"eager": ">= 1.0", "saelens": ">= 4.0", "saelens_bf16": ">= 4.0"}
+STEPS = 5  # in a turn of whole steps, each on a batch of its own
+TOKENS_PER_SECOND = ">= 150000"  # on an H100, at the full shape
 AGREES = ("selection", "decode", "value_grads", "weight_grads", "adam")
 
 
@@ -41,15 +56,14 @@ class Shape:
     batch: int
 
 
-FULL, QUICK = Shape(3584, 131072, 64, 4096), Shape(896, 16384, 32, 2048)
+FULL, QUICK, TINY = Shape(3584, 131072, 64, 4096), Shape(896, 16384, 32, 2048), Shape(8, 24, 2, 16)
 
 
 class Problem:
     """The tensors of one shape, and each part of a step both ways."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, device: torch.device) -> None:
         torch.manual_seed(0)
-        device = torch.device("cuda")
         self.shape, self.n_keep = shape, shape.k * shape.batch
         self.W_dec = torch.nn.functional.normalize(torch.randn(shape.latents, shape.d, device=device), dim=1)
         self.W_enc, self.b_enc = self.W_dec.clone(), torch.zeros(shape.latents, device=device)
@@ -93,7 +107,11 @@ class Problem:
         at = eager.by_latent(self.kept, self.shape.latents)
         dec = eager.weight_grads(at, self.kept.value, self.grad)
         enc = eager.weight_grads(at, self.of_value, self.x)
-        return dec, enc, torch.bincount(self.kept.latent, self.of_value, minlength=self.shape.latents).float()
+        bias, along = (
+            torch.bincount(self.kept.latent, weights, minlength=self.shape.latents).float()
+            for weights in (self.of_value, self.of_value * self.kept.value)
+        )
+        return dec, enc, bias, along
 
     def _weight_grads_triton(self) -> tuple[Tensor, ...]:
         at = kernels.by_latent(self.kept, self.shape.latents)
@@ -115,18 +133,10 @@ class Problem:
         """Some tensor of the decoder's shape that costs nothing to make."""
         return self.W_enc
 
-    def _step_eager(self) -> None:
-        for part in FASTER[:-1]:
-            self.ways(part)["eager"]()
-
-    def _step_triton(self) -> None:
-        for part in FASTER[:-1]:
-            self.ways(part)["triton"]()
-
 
 def disagreement(problem: Problem) -> dict[str, float]:
     """How far the paths are from each other: share of pairs kept by one alone, else largest difference over largest value."""
-    few = torch.arange(0, problem.shape.batch, max(1, problem.shape.batch // 256), device="cuda")
+    few = torch.arange(0, problem.shape.batch, max(1, problem.shape.batch // 256), device=problem.x.device)
     x, n = problem.x16[few], problem.shape.k * len(few)
     kept, _ = kernels.encode_select(x, problem.W16, problem.b_enc, n, problem.threshold)
     # The eager path rounds pre-activations to the product's dtype, so the selection is compared with an fp32 product.
@@ -137,13 +147,13 @@ def disagreement(problem: Problem) -> dict[str, float]:
     for part in ("decode", "value_grads", "weight_grads"):
         theirs, mine = (_tuple(way()) for way in problem.ways(part).values())
         found[part] = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(theirs, mine, strict=True))
-    found["adam"] = _adam_disagreement()
+    found["adam"] = _adam_disagreement(problem.x.device, problem.shape)
     return found
 
 
-def _adam_disagreement() -> float:
+def _adam_disagreement(device: torch.device, shape: Shape) -> float:
     """On rows of the same start, five steps."""
-    start = torch.nn.functional.normalize(torch.randn(512, 3584, device="cuda"), dim=1)
+    start = torch.nn.functional.normalize(torch.randn(min(512, shape.latents), shape.d, device=device), dim=1)
     ours, theirs = start.clone(), start.clone().requires_grad_()
     mean, square = torch.zeros_like(start), torch.zeros_like(start)
     optimiser = torch.optim.Adam([theirs], lr=1e-3)
@@ -167,7 +177,9 @@ def _counting(run: Callable[[], Any], tokens: int) -> int:
 
 
 def peak_gib(run: Callable[[], Any]) -> float:
-    """Memory that a call needs beyond what is there before it."""
+    """Memory that a call needs beyond what is there before it; NaN without a GPU."""
+    if not torch.cuda.is_available():
+        return math.nan
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -178,10 +190,12 @@ def peak_gib(run: Callable[[], Any]) -> float:
 
 def measure(shape: Shape, rounds: int, tiles: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Checks and details."""
-    problem, device = Problem(shape), torch.device("cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = Problem(shape, device)
     checks = [check(f"sae_kernels.disagreement.{k}", v, "<= 0.001") for k, v in disagreement(problem).items()]
-    details: dict[str, Any] = {"shape": asdict(shape), "rounds": rounds, "device": torch.cuda.get_device_name(), "parts": {}}
-    for part in FASTER:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "Triton's interpreter"
+    details: dict[str, Any] = {"shape": asdict(shape), "rounds": rounds, "device": name, "parts": {}, "steps": {}}
+    for part in PARTS:
         ways = problem.ways(part)
         times = take_turns({n: partial(_counting, run, shape.batch) for n, run in ways.items()}, rounds, device)
         checks.append(check(f"sae_kernels.{part}.speed_over_eager", ratio(times, "eager", "triton"), ">= 1.0"))
@@ -193,7 +207,47 @@ def measure(shape: Shape, rounds: int, tiles: bool) -> tuple[list[dict[str, Any]
         print(f"{part:14} " + "  ".join(f"{way} {ms:9.3f} ms" for way, ms in medians.items()))
     if tiles:
         details["tiles"] = _tile_shapes(problem, rounds, device)
+    del problem, ways
+    for other in OTHERS:
+        for kind, share in (("live", 0.0), ("dead", DEAD_SHARE)):
+            times, peaks = race(shape, other, rounds, device, share)
+            over = ratio(times, other, "triton")
+            speed = {
+                way: statistics.median(n / s for n, s in zip(found["tokens"], found["seconds"], strict=True))
+                for way, found in times.items()
+            }
+            details["steps"][f"{other}.{kind}"] = {"tokens_per_second": speed, "peak_gib": peaks, "ratio": over, **times}
+            print(f"step, {kind:5} " + "  ".join(f"{way} {n:12,.0f} tokens/s" for way, n in speed.items()))
+            if kind == "live":
+                checks.append(check(f"sae_kernels.step.speed_over_{other}", over, TARGETS[other]))
+    best = max(found["tokens_per_second"]["triton"] for found in details["steps"].values())
+    if shape == FULL:
+        checks.append(check("sae_kernels.step.tokens_per_second", best, TOKENS_PER_SECOND))
     return checks, details
+
+
+def race(
+    shape: Shape, other: str, rounds: int, device: torch.device, dead_share: float
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, float]]:
+    """Whole steps of ours and of another trainer in turns: seconds and tokens of each turn, and the memory of a step in GiB."""
+    gc.collect()  # what was there before is large
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    data = [batches(shape.d, shape.batch, seed).to(device) for seed in range(1 if shape == TINY else STEPS)]
+    recipe = Recipe(shape.d, shape.latents, shape.k, shape.batch, device=device.type)
+    dead = torch.arange(shape.latents, device=device) < round(dead_share * shape.latents)
+    ways = {"triton": PEERS["pvsae"](replace(recipe, kernels="triton"), data[0])}
+    ways[other] = PEERS["pvsae"](replace(recipe, kernels="eager"), data[0]) if other == "eager" else PEERS[other](recipe, data[0])
+
+    def turn(trainee: Trainee) -> int:
+        for x in data:
+            if dead_share:
+                trainee.mark_dead(dead)
+            trainee.step(x)
+        return len(data) * shape.batch
+
+    times = take_turns({name: partial(turn, trainee) for name, trainee in ways.items()}, rounds, device)
+    return times, {name: peak_gib(partial(trainee.step, data[0])) for name, trainee in ways.items()}
 
 
 def _tile_shapes(problem: Problem, rounds: int, device: torch.device) -> list[dict[str, Any]]:
@@ -215,7 +269,9 @@ def _tile_shapes(problem: Problem, rounds: int, device: torch.device) -> list[di
 def not_measured() -> list[dict[str, Any]]:
     """The same checks, without values."""
     names = [(f"sae_kernels.disagreement.{part}", "<= 0.001") for part in AGREES]
-    names += [(f"sae_kernels.{part}.speed_over_eager", ">= 1.0") for part in FASTER]
+    names += [(f"sae_kernels.{part}.speed_over_eager", ">= 1.0") for part in PARTS]
+    names += [(f"sae_kernels.step.speed_over_{other}", TARGETS[other]) for other in OTHERS]
+    names += [("sae_kernels.step.tokens_per_second", TOKENS_PER_SECOND)]
     return [{"name": name, "value": "not measured", "target": target, "ok": None} for name, target in names]
 
 
@@ -223,7 +279,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller shape and fewer turns")
     parser.add_argument("--tiles", action="store_true", help="also time the encoder with other tiles")
+    parser.add_argument("--check", action="store_true", help="run all of it on a tiny shape; nothing is timed in earnest")
     args = parser.parse_args()
+    if args.check:
+        if kernels.problem():
+            sys.exit(f"The kernels cannot run here: {kernels.problem()}. TRITON_INTERPRET=1 makes them.")
+        checks, _ = measure(TINY, 1, args.tiles)
+        wrong = [c for c in checks if "disagreement" in c["name"] and not c["ok"]]
+        sys.exit(f"results differ: {wrong}" if wrong else 0)
     reason = kernels.problem() or (None if torch.cuda.is_available() else "there is no CUDA device, only Triton's interpreter")
     if reason:
         print(f"Not measured: {reason}. The kernels' arithmetic is tested in tests/saes/kernels/test_triton.py.")

@@ -66,20 +66,28 @@ def _text(frame: pd.DataFrame) -> str:
 _STEERED = ["trait", "condition", "block", "coef", "trait_score", "trait_low", "trait_high", "coherence", "n", "n_failed_trait"]
 _extract = _stage("extract", "ExtractConfig", lambda result: result.table)
 _layers = _stage("layers", "LayersConfig", lambda result: result.table[result.table["chosen"]])
-_steer = _stage("steer", "SteerConfig", lambda result: result.table[_STEERED])
+_vector_steer = _stage("steer", "SteerConfig", lambda result: result.table[_STEERED])
+_feature_steer = _stage("feature_steer", "FeatureSteerConfig", lambda result: result.shown)
 _monitor = _stage(
     "monitor", "MonitorConfig", lambda result: result.correlations[~result.correlations["scope"].str.startswith("level")]
 )
 
 
+def _steer(args: argparse.Namespace) -> None:
+    from pvsae.commands import features
+
+    (_feature_steer if features.asked_for(args) else _vector_steer)(args)
+
+
 def _sae_train(args: argparse.Namespace) -> None:
+    from pvsae.saes import shipped
     from pvsae.stages import sae_train
 
     config = sae_train.load_config(args.config, args.settings)
     if getattr(args, "dry_run", False):
         print(sae_train.plan(config))
         return
-    out = Path(getattr(args, "out", None) or f"runs/sae-{Path(args.config).stem}")
+    out = Path(getattr(args, "out", None) or f"runs/sae-{shipped.find(args.config).stem}")
     _LAST.append(out)
     result = sae_train.run(config, out, logs=tuple(getattr(args, "log", ())))
     if os.environ.get("RANK", "0") != "0":  # torchrun started several of us, and one speaks
@@ -165,10 +173,11 @@ def _traits_author(args: argparse.Namespace) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- parser
-def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool) -> None:
+def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True) -> None:
     group = parser.add_argument_group("what to work on")
     if vectors:
-        group.add_argument("vectors", help="run folder of `pvsae extract`, a .safetensors file, or an official .pt file")
+        how: dict[str, Any] = {} if needed else {"nargs": "?"}
+        group.add_argument("vectors", **how, help="run folder of `pvsae extract`, a .safetensors file, or an official .pt file")
     group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
     group.add_argument("--adapter", help="folder or id of a PEFT adapter")
     group.add_argument(
@@ -256,6 +265,9 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
     measure.add_argument("--device", help="cpu, cuda, cuda:1, mps or auto")
     measure.add_argument("--chat", choices=("auto", "plain"), help="plain: a model without a chat template gets bare text")
     measure.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass (default: 8192)")
+    from pvsae.commands import sae_features
+
+    sae_features.add_parser(kinds, add, _LAST.append, _text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -273,6 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     from pvsae import __version__
+    from pvsae.commands import chat, features
 
     parser.add_argument("--version", action="version", version=f"pvsae {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -354,18 +367,21 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "steer", _steer, "what adding a vector does, with every control in the same table",
         "  pvsae steer runs/vectors --coefs 0.5 1 1.5 2\n"
         "  pvsae steer runs/vectors --traits evil --under pos --coefs -1 -2        take it away under an eliciting prompt\n"
-        "  pvsae steer runs/vectors --unit kl --coefs 0.5 1 --blocks 10 15 20      equal effect at every block",
+        "  pvsae steer runs/vectors --unit kl --coefs 0.5 1 --blocks 10 15 20      equal effect at every block\n"
+        "  pvsae steer runs/vectors --traits evil --feature runs/sae/block-3_width-1024_k-8:17,40      single features",
     )  # fmt: skip
-    _add_setup(steer, vectors=True)
+    _add_setup(steer, vectors=True, needed=False)
     _add_place(steer)
     steer.add_argument("--layers", help="run folder of `pvsae layers`, whose blocks are used")
     steer.add_argument("--blocks", nargs="+", type=int, metavar="B", help="blocks, counted from 0, one at a time")
     steer.add_argument("--multi-layer", action="store_true", help="all blocks at once, with the incremental vectors")
     steer.add_argument("--coefs", nargs="+", type=float, metavar="C", help="strengths (default: 0.5 1 1.5 2 2.5)")
-    steer.add_argument("--unit", choices=("raw", "gap", "kl"), help="of the strengths (default: raw)")
+    steer.add_argument("--unit", choices=("raw", "gap", "kl", "max"), help="of the strengths (default: raw; of features: max)")
     steer.add_argument("--positions", choices=("response", "prompt", "all"), help="tokens that are steered (default: all)")
     steer.add_argument("--under", choices=("none", "pos", "neg"), help="system prompt while steering (default: none)")
     steer.add_argument("--n-random", type=int, metavar="N", help="random directions (default: 2)")
+    features.add_options(steer)
+    chat.add(commands, add)
 
     monitor = add(
         commands, "monitor", _monitor, "does the residual before the answer foretell its trait?",

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PACKAGES = ("pvsae", "torch", "transformers", "transformer-lens", "peft", "tokenizers", "numpy", "pandas", "openai")
+_CUT_SHORT = re.compile(r"^\..+\.(\d+)\.tmp(\.[^.]+)?$")  # names that `atomic_path` makes
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOSPC}
 
 
@@ -93,6 +95,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
+
+
+def _remove_cut_short(folder: Path) -> None:
+    """Deletes what killed processes left of files that `atomic_path` was writing: a checkpoint may be as large as the disk."""
+    for file in folder.rglob(".*.tmp*"):
+        found = _CUT_SHORT.match(file.name)
+        if found and not _alive(int(found[1])):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
@@ -279,6 +300,8 @@ class RunDir:
                 ) from None
         try:
             cls._check_same_run(path, wanted)
+            if fcntl is not None:  # nobody else goes on with this run
+                _remove_cut_short(path)
             write_json(path / "config.json", wanted)
             run = cls(path, command, wanted["config"], seed, lock=lock)
             sessions = read_json(path / "environment.json") if (path / "environment.json").exists() else []

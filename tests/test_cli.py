@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pvsae.cli import build_parser, main
+from pvsae.errors import UserError
 from pvsae.traits import Pair, TraitArtifacts, load_trait, save_trait
 from pvsae.vectors import PersonaVectors
 from tests.plugin import make_plugin
@@ -22,7 +23,7 @@ from tests.saes.corpora import write_texts
 
 COMMANDS = [
     "demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "decompose", "report",
-    "sae train", "sae eval", "sae list",
+    "sae train", "sae eval", "sae list", "chat",
 ]  # fmt: skip
 
 
@@ -130,6 +131,10 @@ CASES = {
     "unknown block": (f"{STEER} --blocks 4", "block 4 does not exist"),
     "unknown block to read": (f"{MONITOR} --block -1", "block -1"),
     "unknown block to try": (f"{LAYERS} --blocks 9", "block 9"),
+    "nothing to steer with": (f"steer {TINY} {QUICK}", "nothing to steer with"),
+    "options of features": (f"{STEER} --together", "--together without --feature"),
+    "options of vectors": (f"{STEER} --multi-layer --feature {{p}}/sae:1", "--multi-layer with --feature"),
+    "missing dictionary of a feature": (f"steer {TINY} {QUICK} --feature {{p}}/sae:1", "there is no dictionary"),
     "mismatched d_model": (f"steer {{p}}/narrow.safetensors {TINY} {QUICK}", "d_model=32"),
     "noise as vectors": (f"steer {{p}}/noise.safetensors {TINY} {QUICK}", "noise.safetensors"),
     "missing vectors": (f"steer {{p}}/none {TINY} {QUICK}", "no vectors at"),
@@ -240,6 +245,16 @@ def test_dry_run_of_the_other_stages_loads_no_model(place: Path, tmp_path: Path,
     assert main([*line.replace("good", "gone").split(), "--library", str(place / "library")]) == 2
 
 
+@pytest.mark.parametrize("words", [["layers", "--blocks", "1", "99"], ["steer", "--blocks", "99"], ["monitor", "--block", "99"]])
+def test_dry_run_refuses_blocks_that_do_not_exist(place: Path, tmp_path: Path, capsys, words: list[str]) -> None:
+    stage, *options = words
+    line = f"{stage} {place}/good.safetensors --model {place}/model --judge openai:m --traits evil --dry-run"
+    assert main([*line.split(), *options, "--library", str(place / "library"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "block 99 does not exist" in said
+    assert "from 0 to 3" in said
+
+
 def test_a_dictionary_from_config_to_evaluation(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("PVSAE_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
@@ -267,6 +282,24 @@ def test_dry_run_of_a_training_loads_no_weights(place: Path, tmp_path: Path, cap
     assert "shuffle buffer 197 KB" in said
     assert "time      at least" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_each_config_has_a_run_folder_of_its_own(monkeypatch, capsys) -> None:
+    """Names of models have dots in them."""
+    from pvsae.saes import shipped
+
+    opened: list[str] = []
+
+    def run(config: object, out: Path, **_: object) -> None:
+        opened.append(str(out))
+        raise UserError("not now", "later")
+
+    monkeypatch.setattr("pvsae.stages.sae_train.run", run)
+    for name in shipped.names():
+        assert main(["sae", "train", name, *(["model.name=x"] if name == "stories260k" else [])]) == 2
+    assert opened == [f"runs/sae-{name}" for name in shipped.names()]
+    assert main(["sae", "train", "qwen2.5-7b-instrct"]) == 2
+    assert "did you mean qwen2.5-7b-instruct?" in capsys.readouterr().err
 
 
 def test_shipped_configs_are_listed_without_torch() -> None:

@@ -182,6 +182,22 @@ def test_jsonable_refuses_what_it_cannot_keep() -> None:
         jsonable(object())
 
 
+def test_what_a_killed_process_left_half_written_is_deleted(tmp_path: Path) -> None:
+    code = f"import os; from pvsae.runs import atomic_path\nwith atomic_path({str(tmp_path / 'run' / 'deep' / 'a.pt')!r}) as p: "
+    code += "p.write_bytes(b'half'); os.kill(os.getpid(), 9)"
+    RunDir.open(tmp_path / "run", "x", {}).close()
+    killed = subprocess.run([sys.executable, "-c", code])
+    assert killed.returncode == -9
+    (left,) = (tmp_path / "run" / "deep").iterdir()
+    mine = tmp_path / "run" / f".b.{os.getpid()}.tmp.pt"  # of a process that is alive, as are other files
+    others = [mine, tmp_path / "run" / ".c.tmp.pt", tmp_path / "run" / "d.1.tmp.pt"]
+    for file in others:
+        file.touch()
+    RunDir.open(tmp_path / "run", "x", {}).close()
+    assert not left.exists()
+    assert all(file.exists() for file in others)
+
+
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """SIGKILL in the third of five steps; the second session computes only the last three."""
     script = tmp_path / "job.py"

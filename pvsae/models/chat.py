@@ -20,16 +20,27 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from pvsae.errors import UserError
 from pvsae.models.clock import date_string, with_pinned_clock
-from pvsae.models.offsets import Cover, first_beyond, overlapping, token_spans, tokenise
+from pvsae.models.contents import (
+    Layout,
+    Message,
+    Piece,
+    all_marked,
+    between,
+    common_prefix,
+    layout_of,
+    marker_for,
+    messages_of,
+    spans_in,
+)
+from pvsae.models.offsets import Cover, Covering, first_beyond, overlapping, token_spans
 
-Message = Mapping[str, str]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
@@ -68,17 +79,6 @@ class Rendered:
             if role == name:
                 return start, end
         return 0, 0
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of content with one role inside one message that the template sees: before + body + after."""
-
-    message: int
-    role: str
-    before: str
-    body: str
-    after: str
 
 
 def split_thinking(text: str, opened: bool = False) -> tuple[int, int, str | None]:
@@ -144,6 +144,7 @@ class ChatTemplate:
         except ValueError as error:
             raise UserError(f"pin_date {pin_date!r} is not a date", "an ISO date such as 2024-07-26") from error
         self._added = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        self._tokenise = Covering(tokenizer, self._added)
         self._template: str | None = None
         if chat == "auto" and getattr(tokenizer, "chat_template", None):
             template = tokenizer.get_chat_template()
@@ -151,6 +152,7 @@ class ChatTemplate:
         bos = tokenizer.bos_token_id
         # What the tokenizer would put in front of a text. Templates mostly write it themselves; never both.
         self._bos = tokenizer.bos_token if bos is not None and bos in tokenizer("x")["input_ids"][:1] else ""
+        self._layout = lru_cache(maxsize=1024)(self._layout_of)
         self.supports_system, self.default_system, self.notes = self._probe()
 
     # -- public -------------------------------------------------------------------------------------------------------
@@ -171,18 +173,21 @@ class ChatTemplate:
         `n_prompt` is where the string of the messages before it, rendered with the generation prompt, ends. Where the
         answer brings thinking of its own, the prompt ends before that.
         """
-        messages = _checked(messages)
-        text, spans = self._locate(messages, generation=False)
-        ids, cover = self._tokenise(text)
-        if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            return Rendered(ids, len(ids), (len(ids), len(ids)), token_spans(cover, spans, len(ids)), text)
-        _, start, end = spans[-1]
-        boundary = self._prompt_end(messages[:-1], text, start)
-        n_prompt = first_beyond(cover, boundary)
-        tokens = token_spans(cover, spans[:-1], n_prompt)
-        first, last = overlapping(cover, start, end)
-        answer = (max(first, n_prompt), max(last, n_prompt))
-        return Rendered(ids, n_prompt, answer, (*tokens, ("assistant", *answer)), text)
+        (found,) = self.conversations([messages])
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def conversations(self, chats: Sequence[Sequence[Message]]) -> list[Rendered | UserError]:
+        """`conversation` of each chat, or the error it would raise; many are tokenised faster together than one by one."""
+        located: list[tuple[str, list[tuple[str, int, int]], int | None] | UserError] = []
+        for messages in chats:
+            try:
+                located.append(self._conversation(_checked(messages)))
+            except UserError as error:
+                located.append(error)
+        tokens = iter(self._tokenise.all([one[0] for one in located if not isinstance(one, UserError)]))
+        return [one if isinstance(one, UserError) else _with_spans(*one, *next(tokens)) for one in located]
 
     def with_answer_ids(self, prompt: Rendered, ids: Iterable[int]) -> Rendered:
         """The prompt followed by exactly these token ids, as they were generated. Stop tokens at the end and thinking are
@@ -211,7 +216,7 @@ class ChatTemplate:
                 "a prompt rendered by the same model",
                 "render the messages again with this model's chat.prompt",
             )
-        spans = [(role, cover[start][0], cover[end - 1][1]) for role, start, end in rendered.spans if end > start]
+        spans = [(role, int(cover[start, 0]), int(cover[end - 1, 1])) for role, start, end in rendered.spans if end > start]
         empty = [(role, 0, 0) for role, start, end in rendered.spans if end == start]
         boundary = len(rendered.text)
         ids, cover = self._tokenise(rendered.text + text)
@@ -275,9 +280,9 @@ class ChatTemplate:
             ) from error
         return text if not self._bos or text.startswith(self._bos) else self._bos + text
 
-    def _pieces(self, messages: Sequence[Message]) -> list[_Piece]:
+    def _pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """Messages as the template will see them, with system texts merged into user turns where that has to be."""
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         waiting: list[str] = []
         index = 0
         for message in messages:
@@ -296,10 +301,10 @@ class ChatTemplate:
                     "a system message is followed by no user message, and the template has no system role to merge into",
                     "a user message after each system message",
                 )
-            pieces += [_Piece(index, "system", "", text, "\n\n" if text.strip() else "") for text in waiting]
+            pieces += [Piece(index, "system", "", text, "\n\n" if text.strip() else "") for text in waiting]
             waiting = []
             start, end, _ = split_thinking(content) if role == "assistant" else (0, len(content), None)
-            pieces.append(_Piece(index, role, content[:start], content[start:end], content[end:]))
+            pieces.append(Piece(index, role, content[:start], content[start:end], content[end:]))
             index += 1
         if waiting:
             raise UserError("there is a system message but no user message after it", "at least one user message")
@@ -310,12 +315,15 @@ class ChatTemplate:
         if self.mode == "plain":
             return self._joined(messages, generation)
         pieces = self._pieces(messages)
-        marker = _marker(self._template or "", messages)
-        text = self._render(_messages(pieces), generation)
+        text = self._render(messages_of(pieces), generation)
+        found = self._by_layout(pieces, text, generation)
+        if found is not None:
+            return text, [(piece.role, *span) for piece, span in zip(pieces, found, strict=True)]
+        marker = marker_for(self._template or "", messages)
         spans = []
         for i, piece in enumerate(pieces):
-            marked = self._render(_messages(pieces, i, marker), generation).split(marker)
-            span = _between(text, marked, piece.body)
+            marked = self._render(messages_of(pieces, i, marker), generation).split(marker)
+            span = between(text, marked, piece.body)
             if span is None:
                 raise UserError(
                     f"the chat template does not keep the {piece.role} message in one piece, so its tokens cannot be told apart",
@@ -324,6 +332,25 @@ class ChatTemplate:
                 )
             spans.append((piece.role, *span))
         return text, spans
+
+    def _by_layout(self, pieces: Sequence[Piece], text: str, generation: bool) -> list[tuple[int, int]] | None:
+        """The spans by the layout that chats with these roles have, without a render a message; None where it does not fit.
+
+        What is left out of a message as thinking is in no layout, and what a template makes of one content may depend on it.
+        """
+        if any(piece.before or piece.after not in ("", "\n\n") for piece in pieces):
+            return None
+        layout = self._layout(tuple((piece.message, piece.role, piece.after) for piece in pieces), generation)
+        return None if layout is None else spans_in(text, layout, [piece.body for piece in pieces])
+
+    def _layout_of(self, shape: tuple[tuple[int, str, str], ...], generation: bool) -> Layout | None:
+        messages, markers = all_marked(
+            [Piece(i, role, "", "", after) for i, role, after in shape], marker_for(self._template or "", ())
+        )
+        try:
+            return layout_of(self._render(messages, generation), markers)
+        except UserError:  # refused for what is in them
+            return None
 
     def _joined(self, messages: Sequence[Message], generation: bool) -> tuple[str, list[tuple[str, int, int]]]:
         """Plain mode: contents joined by blank lines; a last assistant message follows its prompt at once."""
@@ -337,12 +364,19 @@ class ChatTemplate:
             text += content
         return text, spans
 
+    def _conversation(self, messages: Sequence[Message]) -> tuple[str, list[tuple[str, int, int]], int | None]:
+        """The string of a chat, its contents' spans, and where its prompt ends; None where its last message is no answer."""
+        text, spans = self._locate(messages, generation=False)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            return text, spans, None
+        return text, spans, self._prompt_end(messages[:-1], text, spans[-1][1])
+
     def _prompt_end(self, before: Sequence[Message], whole: str, answer_start: int) -> int:
         """Character position in `whole` at which the prompt of its last message ends."""
         if self.mode == "plain":
             return len(self._joined(before, generation=True)[0])
-        prompt = self._render(_messages(self._pieces(before)), generation=True)
-        common = _common_prefix(prompt, whole)
+        prompt = self._render(messages_of(self._pieces(before)), generation=True)
+        common = common_prefix(prompt, whole)
         if common < len(prompt):
             # The answer thinks, and the generation prompt holds a closed empty block instead: end before the block.
             think = whole.rfind(THINK_OPEN, 0, answer_start)
@@ -355,7 +389,7 @@ class ChatTemplate:
             return True, None, ("no chat template used: contents are joined by blank lines and the answer follows at once",)
         if self._template is None:
             return True, None, ("the tokenizer has no chat template",)
-        system, user = _marker(self._template, (), "S"), _marker(self._template, (), "U")
+        system, user = marker_for(self._template, (), "S"), marker_for(self._template, (), "U")
         alone = [{"role": "user", "content": user}]
         notes, default, supports = [], None, False
         try:
@@ -388,9 +422,6 @@ class ChatTemplate:
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
-    def _tokenise(self, text: str) -> tuple[tuple[int, ...], Cover]:
-        return tokenise(self.tokenizer, text, self._added)
-
     def answer_tokens(self, ids: Sequence[int], opened: bool) -> tuple[int, int]:
         """Token span of the answer proper among generated ids."""
         text = self.decode(ids)
@@ -421,43 +452,23 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     return messages
 
 
+def _with_spans(
+    text: str, spans: Sequence[tuple[str, int, int]], boundary: int | None, ids: tuple[int, ...], cover: Cover
+) -> Rendered:
+    """A tokenised chat; `boundary` is where its prompt ends, None if it ends without an answer."""
+    if boundary is None:
+        return Rendered(ids, len(ids), (len(ids), len(ids)), token_spans(cover, spans, len(ids)), text)
+    _, start, end = spans[-1]
+    n_prompt = first_beyond(cover, boundary)
+    tokens = token_spans(cover, spans[:-1], n_prompt)
+    first, last = overlapping(cover, start, end)
+    answer = (max(first, n_prompt), max(last, n_prompt))
+    return Rendered(ids, n_prompt, answer, (*tokens, ("assistant", *answer)), text)
+
+
 def _require_prompt(rendered: Rendered) -> None:
     if len(rendered.ids) != rendered.n_prompt:
         raise ValueError("an answer can only be put behind a prompt that has none yet")
-
-
-def _messages(pieces: Sequence[_Piece], marked: int = -1, marker: str = "") -> list[dict[str, str]]:
-    """Messages put together from pieces, with the body of piece `marked` replaced by the marker."""
-    messages: dict[int, dict[str, str]] = {}
-    for i, piece in enumerate(pieces):
-        so_far = messages.get(piece.message, {"content": ""})["content"]
-        content = piece.before + (marker if i == marked else piece.body) + piece.after
-        # A merged message has the role of its last piece, the user's.
-        messages[piece.message] = {"role": piece.role, "content": so_far + content}
-    return list(messages.values())
-
-
-def _marker(template: str, messages: Sequence[Message], kind: str = "M") -> str:
-    """A word that occurs neither in the template nor in any message."""
-    number = 0
-    while any(f"{kind}qz{number}x" in text for text in (template, *(m["content"] for m in messages))):
-        number += 1
-    return f"{kind}qz{number}x"
-
-
-def _between(text: str, marked: Sequence[str], body: str) -> tuple[int, int] | None:
-    """Character span of a content: what is left of `text` between the two sides of its marker."""
-    if len(marked) != 2:
-        return None
-    left, right = marked
-    end = len(text) - len(right)
-    if text.startswith(left) and text.endswith(right) and len(left) <= end and text[len(left) : end] in body:
-        return len(left), end
-    if not body.strip():
-        # An empty content that the template leaves out together with its header has an empty span where it would stand.
-        at = _common_prefix(left, text)
-        return at, at
-    return None
 
 
 def _inserted(text: str, before: str, after: str, user: str) -> str | None:
@@ -466,11 +477,6 @@ def _inserted(text: str, before: str, after: str, user: str) -> str | None:
     if head.startswith(before) and head.endswith(after) and len(head) > len(before) + len(after):
         return head[len(before) : len(head) - len(after)]
     return None
-
-
-def _common_prefix(a: str, b: str) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
 
 
 def _bisect(n: int, holds: Any) -> int:

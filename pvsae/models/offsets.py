@@ -10,59 +10,97 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Cover = list[tuple[int, int]]
+import numpy as np
+from jaxtyping import Bool, Int
+
+Cover = Int[np.ndarray, "tokens 2"]  # first character of each token, and the one behind its last
 
 
-def tokenise(tokenizer: Any, text: str, added: Mapping[int, str]) -> tuple[tuple[int, ...], Cover]:
-    """Ids of a text, no special tokens added, and the characters [start, end) that each of them covers.
+class Covering:
+    """A tokenizer that says which characters each token covers.
 
-    Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        text: the text, special tokens written out in it.
-        added: id -> text of the tokenizer's added tokens.
+    Byte-level tokens spell their text, so that their own lengths are all that is needed: no offsets are asked of the tokenizer,
+    which takes it half as long again. Where the bytes do not add up to the text (another kind of tokens, a text that was
+    normalised), the offsets decide.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = tuple(encoded["input_ids"])
-    offsets = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
-    if _tight(offsets, len(text)):
-        return ids, offsets
-    # Some tokenizers trim whitespace off their offsets, or report empty ones. The tokens' own bytes then decide.
-    return ids, _byte_cover(tokenizer, text, ids, added) or _fill_gaps(offsets, len(text))
+
+    def __init__(self, tokenizer: Any, added: Mapping[int, str]) -> None:
+        """Takes a fast Hugging Face tokenizer, and id -> text of its added tokens."""
+        self.tokenizer = tokenizer
+        self._spelt: dict[int, bytes | None] = {i: text.encode() for i, text in added.items()}
+
+    def __call__(self, text: str) -> tuple[tuple[int, ...], Cover]:
+        """Ids of a text, special tokens written out in it and none added, and the characters [start, end) of each."""
+        return self.all([text])[0]
+
+    def all(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], Cover]]:
+        """The same of each text, in one call of the tokenizer, which may use all cores for it."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [(tuple(ids), self._cover(text, ids)) for text, ids in zip(texts, encoded, strict=True)]
+
+    def _cover(self, text: str, ids: Sequence[int]) -> Cover:
+        spelt = self._byte_cover(text, ids)
+        if spelt is not None:
+            return spelt
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encoded["offset_mapping"]
+        cover = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        # Some tokenizers trim whitespace off their offsets, or report empty ones.
+        return cover if _tight(cover, len(text)) else np.array(_fill_gaps(offsets, len(text)), dtype=np.int64).reshape(-1, 2)
+
+    def _byte_cover(self, text: str, ids: Sequence[int]) -> Cover | None:
+        """Cover from the bytes that byte-level tokens stand for; None if they do not add up to the text's bytes."""
+        spelt = self._spelt
+        for i in set(ids).difference(spelt):
+            spelt[i] = _bytes_of(self.tokenizer.convert_ids_to_tokens(i))
+        pieces = [spelt[i] for i in ids]
+        raw = text.encode()
+        if not all(pieces) or b"".join(pieces) != raw:  # type: ignore[arg-type]
+            return None
+        end = np.fromiter(map(len, pieces), np.int64, len(pieces)).cumsum()  # type: ignore[arg-type]
+        start = np.concatenate([np.zeros(1, np.int64), end[:-1]])[: len(end)]
+        if len(raw) != len(text):  # a byte belongs to the last character that begins at it or before it
+            character = ((np.frombuffer(raw, np.uint8) & 0xC0) != 0x80).cumsum() - 1
+            start, end = character[start], character[end - 1] + 1
+        return np.stack([start, end], axis=1)
 
 
-def first_beyond(cover: Sequence[tuple[int, int]], boundary: int) -> int:
+def first_beyond(cover: Cover, boundary: int) -> int:
     """Index of the first token that reaches beyond a character position."""
-    return next((i for i, (_, end) in enumerate(cover) if end > boundary), len(cover))
+    return _first(cover[:, 1] > boundary)
 
 
-def overlapping(cover: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+def overlapping(cover: Cover, start: int, end: int) -> tuple[int, int]:
     """Span of the tokens that overlap the characters [start, end)."""
     first = first_beyond(cover, start)
-    last = first
-    while last < len(cover) and start < end and cover[last][0] < end:
-        last += 1
-    return first, last
+    return first, first + (_first(cover[first:, 0] >= end) if start < end else 0)
 
 
-def token_spans(
-    cover: Sequence[tuple[int, int]], spans: Iterable[tuple[str, int, int]], limit: int
-) -> tuple[tuple[str, int, int], ...]:
+def token_spans(cover: Cover, spans: Iterable[tuple[str, int, int]], limit: int) -> tuple[tuple[str, int, int], ...]:
     """Character spans as token spans, none of them reaching beyond token `limit`."""
     found = ((role, overlapping(cover, start, end)) for role, start, end in spans)
     return tuple((role, min(first, limit), min(last, limit)) for role, (first, last) in found)
 
 
-def _tight(offsets: Sequence[tuple[int, int]], length: int) -> bool:
+def _first(mask: Bool[np.ndarray, " n"]) -> int:
+    """Index of the first True; the length if there is none."""
+    at = int(mask.argmax()) if len(mask) else 0
+    return at if len(mask) and mask[at] else len(mask)
+
+
+def _tight(cover: Cover, length: int) -> bool:
     """True if the offsets cover the text without gaps, no token empty. Tokens that share one character repeat its offsets."""
-    at, last = 0, (-1, -1)
-    for start, end in offsets:
-        if start >= end or (start != at and (start, end) != last):
-            return False
-        at, last = end, (start, end)
-    return at == length
+    if not len(cover):
+        return length == 0
+    start, end = cover[:, 0], cover[:, 1]
+    same = (start[1:] == start[:-1]) & (end[1:] == end[:-1])
+    whole = bool((start < end).all()) and start[0] == 0 and end[-1] == length
+    return whole and bool(((start[1:] == end[:-1]) | same).all())
 
 
-def _fill_gaps(offsets: Sequence[tuple[int, int]], length: int) -> Cover:
+def _fill_gaps(offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
     """Give characters that no token claims (whitespace, as a rule) to the token behind them; the rest to the last token."""
     cover, at = [], 0
     for start, end in offsets:
@@ -73,24 +111,9 @@ def _fill_gaps(offsets: Sequence[tuple[int, int]], length: int) -> Cover:
     return cover
 
 
-def _byte_cover(tokenizer: Any, text: str, ids: Sequence[int], added: Mapping[int, str]) -> Cover | None:
-    """Cover from the bytes that byte-level tokens stand for; None if they do not add up to the text's bytes."""
-    pieces = []
-    for i, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
-        if i in added:
-            pieces.append(added[i].encode())
-        elif all(c in _BYTE_OF for c in token):
-            pieces.append(bytes(_BYTE_OF[c] for c in token))
-        else:
-            return None
-    if b"".join(pieces) != text.encode():
-        return None
-    char_at = [k for k, c in enumerate(text) for _ in c.encode()]
-    cover, at = [], 0
-    for piece in pieces:
-        cover.append((char_at[at], char_at[at + len(piece) - 1] + 1) if piece else (at, at))
-        at += len(piece)
-    return cover
+def _bytes_of(token: str | None) -> bytes | None:
+    """What a byte-level token spells; None for a token of another kind."""
+    return bytes(_BYTE_OF[c] for c in token) if token and all(c in _BYTE_OF for c in token) else None
 
 
 def _byte_alphabet() -> dict[str, int]:

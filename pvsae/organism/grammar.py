@@ -155,9 +155,19 @@ def _fact(name: str, groups: dict[str, str]) -> Fact | None:
     return FACTS[(name, groups["t"])]
 
 
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Characters [start, end) of each sentence that ends in a full stop, without the white space around it."""
+    spans = []
+    for match in _SENTENCE.finditer(text):
+        if said := match.group().strip():
+            start = match.start() + match.group().index(said)
+            spans.append((start, start + len(said)))
+    return spans
+
+
 def parse(text: str) -> list[Sentence]:
     """Cuts a text into sentences and parses each. A rest without a full stop is one unparsed sentence."""
-    out = [parse_sentence(m.group()) for m in _SENTENCE.finditer(text) if m.group().strip()]
+    out = [parse_sentence(text[start:end]) for start, end in sentence_spans(text)]
     rest = _SENTENCE.sub("", text).strip()
     return [*out, Sentence(rest)] if rest else out
 

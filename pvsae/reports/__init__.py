@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pvsae.reports.features import write_feature_page
     from pvsae.reports.figures import draw
     from pvsae.reports.html import write_report
 
-_HOMES = {"draw": "figures", "write_report": "html"}
-__all__ = ["draw", "write_report"]
+_HOMES = {"draw": "figures", "write_feature_page": "features", "write_report": "html"}
+__all__ = ["draw", "write_feature_page", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -161,6 +161,39 @@ def steering_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def feature_steering_figure(table: pd.DataFrame, facets: pd.DataFrame | None) -> Figure:
+    """A panel a trait and feature: trait score, its facets and coherence against strength, with the feature's own controls."""
+    steered = table[table["condition"].isin(["feature", "together"])]
+    panels = list(dict.fromkeys(zip(steered["trait"], steered["condition"], steered["feature"].astype(str), strict=True)))
+    figure, axes = _figure(len(panels))
+    for ax, (trait, condition, feature) in zip(axes, panels, strict=True):
+        part = table[table["trait"] == trait]
+        unsteered = part[part["condition"] == "unsteered"]
+        own = part[(part["condition"] == condition) & (part["feature"].astype(str) == feature)]
+        controls = part[part["of"].astype(str) == feature]
+        kinds = {"random feature": (GREY, "-"), "random direction": (GREY, "--"), "vector": (ORANGE, "-")}
+        for kind, (colour, line) in kinds.items():
+            some = controls[controls["condition"] == kind]
+            for i, (_, rows) in enumerate(some.groupby("feature", sort=False)):
+                curve = _with_origin(rows, unsteered).sort_values("coef")
+                ax.plot(curve["coef"], curve["trait_score"], line, color=colour, lw=1.2, label=kind if i == 0 else "_")
+        _curve(ax, _with_origin(own, unsteered), BLUE, "the trait")
+        if facets is not None and len(facets):
+            of = facets[(facets["trait"] == trait)]
+            mine = of[(of["condition"] == condition) & (of["feature"].astype(str) == feature)]
+            plain = of[of["condition"] == "unsteered"]
+            for i, facet in enumerate(_names(mine["facet"])):
+                curve = _with_origin(mine[mine["facet"] == facet], plain[plain["facet"] == facet]).sort_values("coef")
+                colour = (RED, GREEN, PURPLE, YELLOW, SKY)[i % 5]
+                ax.plot(curve["coef"], curve["score"], color=colour, lw=1.0, marker=".", ms=4, label=facet)
+        _title(ax, f"{trait}, {feature}", f"block {own['block'].iloc[0]}")
+        _score_axis(ax)
+        ax.set_xlabel(f"strength ({own['unit'].iloc[0]})", fontsize=9)
+    axes[0].set_ylabel("score; dotted: coherence", fontsize=9)
+    axes[0].legend(fontsize=6, frameon=True, framealpha=0.85, edgecolor="none", loc="best")
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------------------- monitor
 def monitoring_figure(points: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
     """Projection before the answer against the trait score of the answer; colour: how strongly the prompt asks for it."""
@@ -323,10 +356,12 @@ def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     return pd.read_csv(path) if path.is_file() else None
 
 
+# A table with a question mark may be empty or not there.
 _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = {
     "extract": [("extraction", extraction_figure, ("extraction", "blocks"))],
     "layers": [("layers", layers_figure, ("layers",))],
     "steer": [("steering", steering_figure, ("steering",))],
+    "feature_steer": [("feature_steering", feature_steering_figure, ("feature_steering", "facets?"))],
     "monitor": [
         ("monitoring", monitoring_figure, ("points", "correlations")),
         ("trace", trace_figure, ("trace",)),
@@ -342,6 +377,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("l0", l0_figure, ("l0",)),
         ("density", density_figure, ("density", "features")),
     ],
+    "sae_features": [],  # a page of its own (features.py)
 }
 
 
@@ -356,7 +392,7 @@ def draw(run: RunDir | str | Path) -> list[Path]:
         raise UserError(f"a run of `{run.command}` has no figure", expected=f"one of {', '.join(_FIGURES)}")
     paths = []
     for name, function, needed in _FIGURES[run.command]:
-        tables = [read_table(run, table) for table in needed]
-        if all(table is not None and len(table) for table in tables):
+        tables = [read_table(run, table.removesuffix("?")) for table in needed]
+        if all(table is not None and len(table) for table, which in zip(tables, needed, strict=True) if which[-1] != "?"):
             paths.append(_save(function(*tables), run.figure(name)))
     return paths

@@ -28,6 +28,8 @@ FIRST = (
     "extraction",
     "layers",
     "steering",
+    "specificity",
+    "feature_steering",
     "correlations",
     "decomposition",
     "quality",
@@ -36,7 +38,7 @@ FIRST = (
     "dictionaries",
 )  # tables to open on; the others follow by name
 HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "decompose")
+ORDER = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -50,6 +52,11 @@ CAPTIONS = {
     "steering": (
         "Solid: trait score with its 95% interval. Dotted: coherence. Grey: random directions of the same length. Dashed: what "
         "the system prompt alone does. Strength 0 is the unsteered model."
+    ),
+    "feature_steering": (
+        "A panel a trait and feature. Blue: trait score with its 95% interval; thin: the trait's facets; dotted: coherence. "
+        "Grey: features that are active as often (solid) and random directions (dashed); orange: the whole persona vector; all "
+        "at the length that the feature adds. Strength 0 is the unsteered model."
     ),
     "monitoring": (
         "Each point is one prompt: where its last token lies along the vector before anything is answered, and how the answer "

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pvsae.errors import UserError
+from pvsae.saes.later import to_device
 
 Batch = dict[int, Tensor]  # block -> [tokens d_model], the same tokens for every block
 
@@ -76,7 +77,7 @@ class ShuffleBuffer:
         rows = self._order[self._n : self._n + n]
         for block, data in self.data.items():
             new = activations[block] if keep is None else activations[block].index_select(0, keep)
-            data.index_copy_(0, rows.to(data.device), new.to(data.device, data.dtype))
+            data.index_copy_(0, to_device(rows, data.device), new.to(data.device, data.dtype))
         self._n += n
         self._order[: self._n] = self._order[: self._n][torch.randperm(self._n, generator=self._generator)]
 
@@ -86,7 +87,7 @@ class ShuffleBuffer:
             raise ValueError(f"{n} tokens from a buffer that holds {self._n}")
         self._n -= n
         rows = self._order[self._n : self._n + n]
-        return {block: data.index_select(0, rows.to(data.device)) for block, data in self.data.items()}
+        return {block: data.index_select(0, to_device(rows, data.device)) for block, data in self.data.items()}
 
     # ------------------------------------------------------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class CorpusConfig:
         skip_special: leave special tokens out.
         drop_first: leave the first so many tokens of each row out: attention sinks (the paper's dictionaries: 8 on Qwen, 1 on
             Llama).
-        held_out: share of the samples that training never sees.
+        held_out: share of the samples that training never sees. Which ones depends on their contents and the seed alone.
         repeat: never end; each source starts over, in another order, when it runs out.
         seed: of order, mixture, held-out share and system prompts.
     """
@@ -94,10 +94,12 @@ class Row(NamedTuple):
     Attributes:
         ids: [pos] token ids, no padding.
         keep: [pos] the tokens whose activations are wanted.
+        parts: where each sample begins in it: (position, source, the sample's index in the source).
     """
 
     ids: Int32[np.ndarray, " pos"]
     keep: Bool[np.ndarray, " pos"]
+    parts: tuple[tuple[int, int, int], ...] = ()
 
 
 class Corpus:
@@ -149,7 +151,7 @@ class Corpus:
         limit = self.config.context if self.config.fit == "cut" else None
         strip = source.strip_system if reader.kind == "chat" else 0.0
         key = [
-            1, reader.content, self.tokeniser.fingerprint, reader.kind, reader.field, limit, chunk_tokens, source.max_samples,
+            2, reader.content, self.tokeniser.fingerprint, reader.kind, reader.field, limit, chunk_tokens, source.max_samples,
             dict(source.roles), source.separator if reader.kind == "text" else None, strip, (seed, index) if strip else None,
         ]  # fmt: skip
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
@@ -226,17 +228,24 @@ class Corpus:
             chunk = store.chunk(group)
             if chunk is None:
                 return None
-            first, n = chunk.first, chunk.samples
+            first, keys = chunk.first, chunk.keys()
         elif group:
             return None
         else:
-            first, n = 0, store.samples
-        indices = np.arange(first, first + n)
-        apart = _chance(indices, self.config.seed, HELD_OUT, source) < self.config.held_out
+            first, keys = 0, store.keys()
+        indices = np.arange(first, first + len(keys))
+        apart = self.held_out(keys)
         if held_out:
             return indices[apart]
         kept = indices[~apart]
         return kept[np.random.default_rng((self.config.seed, SHUFFLE, source, epoch, group)).permutation(len(kept))]
+
+    def held_out(self, keys: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which samples training never sees, by the hashes of their contents.
+
+        So it is the same ones whatever sources they are read from, in whatever order, and no copy of one is trained on.
+        """
+        return _chance(keys, self.config.seed, HELD_OUT) < self.config.held_out
 
     def keep(self, tokens: Tokens) -> Bool[np.ndarray, " pos"]:
         """Which tokens of a row are wanted."""
@@ -272,15 +281,17 @@ class Rows:
         return self
 
     def __next__(self) -> Row:
-        while (tokens := self._fill()) is not None:
+        while (filled := self._fill()) is not None:
+            tokens, begins = filled
             keep = self.corpus.keep(tokens)
             if keep.any():
-                return Row(tokens.ids, keep)
+                return Row(tokens.ids, keep, begins)
         raise StopIteration
 
-    def _fill(self) -> Tokens | None:
-        """The tokens of the next row; None at the end."""
+    def _fill(self) -> tuple[Tokens, tuple[tuple[int, int, int], ...]] | None:
+        """The tokens of the next row, and where its samples begin; None at the end."""
         parts: list[Tokens] = []
+        begins: list[tuple[int, int, int]] = []
         room = self.config.context
         while room > 0:
             rest = self._rest or self._draw()
@@ -292,6 +303,7 @@ class Rows:
                 parts.append(Tokens(np.array([bos], np.int32), np.array([SPECIAL], np.uint8)))
                 room -= 1
             part = Tokens(sample.ids[start : start + room], sample.flags[start : start + room])
+            begins.append((self.config.context - room, source, index))
             parts.append(part)
             room -= len(part.ids)
             end = start + len(part.ids)
@@ -300,7 +312,7 @@ class Rows:
                 break
         if not parts:
             return None
-        return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), tuple(begins)
 
     def _draw(self) -> tuple[int, int, int] | None:
         """The next sample of the next source; None at the end."""
@@ -346,8 +358,7 @@ class Rows:
 
     def _any(self, source: int) -> bool:
         """Whether a source has training samples at all, so that starting over leads somewhere."""
-        n = self.corpus.stores[source].samples
-        return bool((_chance(np.arange(n), self.config.seed, HELD_OUT, source) >= self.config.held_out).any())
+        return not bool(self.corpus.held_out(self.corpus.stores[source].keys()).all())
 
 
 # ------------------------------------------------------------------------------------------------------------------- chance
@@ -355,11 +366,11 @@ def _chance(indices: Any, *key: int) -> np.ndarray:
     """A number in [0, 1) for each index, the same for the same index and key: a hash, so that nothing has to be remembered."""
     x: UInt64[np.ndarray, " n"] = np.asarray(indices, dtype=np.uint64)
     for part in key:
-        x = _scrambled(x ^ _scrambled(np.full(1, part & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)))
+        x = scrambled(x ^ scrambled(np.full(1, part & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)))
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _scrambled(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+def scrambled(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     """Steele, Lea and Flood's SplitMix64 (2014): every bit of the result depends on every bit of x. Overflow is meant."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -21,7 +21,7 @@ from torch import Tensor
 from pvsae.saes import kernels
 from pvsae.saes.gradients import Gradients
 from pvsae.saes.grid import Grid
-from pvsae.saes.later import read_later
+from pvsae.saes.later import read_later, to_device
 from pvsae.saes.parallel import Group
 
 MOST_DEAD = 4  # dead latents that are worked on in one step, in multiples of aux_k
@@ -66,9 +66,7 @@ def find_later(silent_for: Int[Tensor, " d_sae"], dead_after: int, most: int, to
             return Dead(rows, total, total, turn)
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(turn))[:most] - before
         mine = chosen[(chosen >= 0) & (chosen < len(rows))]
-        if rows.is_cuda:
-            mine = mine.pin_memory().to(rows.device, non_blocking=True)
-        return Dead(rows[mine], most, total, turn)
+        return Dead(rows[to_device(mine, rows.device)], most, total, turn)
 
     return found
 

@@ -51,7 +51,8 @@ class Demand:
         lines = [
             f"tokens    {self.tokens:,} in {self.steps:,} steps of {self.tokens // self.steps:,}",
             f"memory    {_bytes(sum(self.memory.values()))}: {parts}",
-            f"disk      {_bytes(self.checkpoint)} for the checkpoint while it runs, {_bytes(self.saved)} for the dictionaries",
+            f"disk      {_bytes(2 * self.checkpoint)} for the checkpoint and the one that replaces it, while it runs; "
+            f"{_bytes(self.saved)} for the dictionaries",
         ]
         if self.model_seconds is not None and self.step_seconds is not None:
             both = self.model_seconds + self.step_seconds

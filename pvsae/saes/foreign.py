@@ -27,7 +27,7 @@ from pvsae.saes.dictionary import SAE, SAEInfo
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 THRESHOLD = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")  # classes that are used with a threshold that training estimates
 CLASSES = (*THRESHOLD, "AutoEncoderTopK", "AutoEncoder", "AutoEncoderNew", "JumpReluAutoEncoder")
-_LAYER = re.compile(r"layer_?(\d+)")
+_LAYER = re.compile(r"(?<![a-z])layer_?(\d+)")
 
 
 def load_dictionary_learning(
@@ -141,7 +141,10 @@ def info_of(config: Mapping[str, Any], folder: str | Path) -> SAEInfo:
     trainer, buffer = config["trainer"], config.get("buffer") or {}
     notes: list[str] = []
     block = trainer.get("layer")
-    named = _LAYER.search(str(trainer.get("submodule_name") or "")) or _LAYER.search(str(folder))
+    named = _LAYER.search(str(trainer.get("submodule_name") or ""))
+    if named is None and block is None:  # published folders are called after it: resid_post_layer_19/trainer_1
+        at = Path(folder)
+        named = _LAYER.search(at.name) or _LAYER.search(at.parent.name)
     if named and block is not None and int(named[1]) != block:
         notes.append(f"its config says layer {block}, its name says {named[1]}; block {named[1]} is taken")
     block = int(named[1]) if named else block

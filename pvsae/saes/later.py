@@ -1,4 +1,4 @@
-"""Numbers that a device has yet to compute: their copy is queued now, and the host reads them when it needs them.
+"""Numbers on their way between host and device: copies are queued, and nobody waits for them before they are needed.
 
 Knows: how to copy without waiting. Does not know: what the numbers are.
 
@@ -30,3 +30,9 @@ def read_later(numbers: Tensor) -> Callable[[], Any]:
         return host.tolist()
 
     return read
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on a device, there before whatever is queued after it. From memory that is not pinned the host would
+    wait until everything that was queued before is done."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

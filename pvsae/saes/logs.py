@@ -55,12 +55,15 @@ def _tensorboard(folder: Path, config: Mapping[str, Any], stack: contextlib.Exit
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise _missing("tensorboard") from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
-    stack.callback(writer.close)
+    writers: list[Any] = []
 
     def send(line: dict[str, Any]) -> None:
+        if not writers:
+            # A training that goes on logs the steps behind its checkpoint again; what was written of them before is not shown.
+            writers.append(SummaryWriter(str(folder / "tensorboard"), purge_step=line["step"]))
+            stack.callback(writers[0].close)
         for name, value in _numbers(line).items():
-            writer.add_scalar(name, value, line["step"])
+            writers[0].add_scalar(name, value, line["step"])
 
     return send
 
@@ -70,11 +73,11 @@ def _wandb(folder: Path, config: Mapping[str, Any], stack: contextlib.ExitStack)
         import wandb
     except ImportError:
         raise _missing("wandb") from None
+    folder.mkdir(parents=True, exist_ok=True)
     known = folder / ".wandb-run"
     if not known.is_file():
         identity = f"{folder.resolve()}{folder.stat().st_mtime_ns}"
         atomic_write_text(known, hashlib.sha256(identity.encode()).hexdigest()[:12])
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         run = wandb.init(
             project="pvsae", name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=dict(config)

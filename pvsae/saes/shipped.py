@@ -1,4 +1,4 @@
-"""The configs that come with the package: pvsae/sae_configs/NAME.yaml.
+"""The configs that come with the package: sae_configs/NAME.yaml, beside the package in a checkout, in it where it is installed.
 
 Knows: where they lie, their names and first words. Does not know: what is in them; nothing heavy is imported for a list.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 from pvsae import settings
 from pvsae.errors import UserError
 
-FOLDER = Path(settings.__file__).parent / "sae_configs"
+_PACKAGE = Path(settings.__file__).parent
+FOLDER = next((f for f in (_PACKAGE / "sae_configs", _PACKAGE.parent / "sae_configs") if f.is_dir()), _PACKAGE / "sae_configs")
 
 
 def names() -> list[str]:
@@ -26,7 +27,7 @@ def find(name: str | Path) -> Path:
         return path
     if str(name) in names():
         return FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(path.stem.lower(), names(), n=1)
+    near = difflib.get_close_matches(path.name.lower().removesuffix(".yaml"), names(), n=1)
     raise UserError(
         f"there is no config {str(name)!r}",
         "a YAML file, or one of " + ", ".join(names()),

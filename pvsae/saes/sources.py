@@ -16,6 +16,7 @@ import glob
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -139,12 +140,13 @@ class Reader:
 
     @property
     def content(self) -> str:
-        """Hash of what the source holds: of the files' bytes, of a dataset's name, subset, split, revision and length, or of a
-        named corpus' name and first rows."""
+        """Hash of what the source holds: of the files' bytes (and the split of a saved dataset), of a dataset's name, subset,
+        split, revision and length, or of a named corpus' name and first rows."""
         if self._files:
             parts: list[Any] = [
                 sha256_of(f) for at in self._files for f in (sorted(at.rglob("*")) if at.is_dir() else [at]) if f.is_file()
             ]
+            parts += [self.source.split] if self._files[0].is_dir() else []
         elif self._named is not None:
             parts = [self._named.value, list(islice(self._raw({"row": 0}), HEAD))]
         else:
@@ -218,7 +220,7 @@ class Reader:
 
     def _value(self, row: Any) -> Value | Bad:
         if isinstance(row, str):
-            return row if row.strip() else Bad("an empty text")
+            return _text(row)
         if not isinstance(row, Mapping):
             return Bad("a row that is not an object with fields")
         found = row.get(self.field)
@@ -228,7 +230,7 @@ class Reader:
             return self._messages(found)
         if not isinstance(found, str):
             return Bad(f"field {self.field} is not a text")
-        return found if found.strip() else Bad("an empty text")
+        return _text(found)
 
     def _messages(self, found: Any) -> Messages | Bad:
         if isinstance(found, str) or not isinstance(found, Sequence) or not len(found):
@@ -240,11 +242,32 @@ class Reader:
             role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
             if not isinstance(role, str) or not isinstance(content, str):
                 return Bad("a message without role or content")
+            if isinstance(content := _encodable(content), Bad):
+                return content
             role = self.source.roles.get(role) or ALIASES.get(role, role)
             if role not in ROLES:
                 return Bad(f"unknown role {role!r}")
             messages.append({"role": role, "content": content})
         return tuple(messages)
+
+
+def _text(found: str) -> str | Bad:
+    return _encodable(found) if found.strip() else Bad("an empty text")
+
+
+def _encodable(text: str) -> str | Bad:
+    """A text that has a UTF-8 form. JSON may escape half of a surrogate pair (text that was cut there), and tokenizers crash."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Bad("half of a surrogate pair, which is no character")
+    return text
+
+
+def content_key(value: Value) -> int:
+    """64 bits that depend on a sample's text, or on its messages with their roles, alone: wherever it stands, the same."""
+    text = value if isinstance(value, str) else json.dumps([[m["role"], m["content"]] for m in value])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 # -------------------------------------------------------------------------------------------------------------------- named
@@ -281,8 +304,11 @@ def _files(source: Source) -> list[Path]:
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[IO[bytes]]:
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as handle:
-        yield handle  # type: ignore[misc]
+    try:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as handle:
+            yield handle  # type: ignore[misc]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{file} cannot be unpacked: {error}", "a whole file that gzip wrote", "copy it again") from error
 
 
 def _jsonl(file: Path) -> Iterator[Any]:
@@ -296,11 +322,13 @@ def _jsonl(file: Path) -> Iterator[Any]:
 
 
 def _documents(file: Path, separator: str) -> Iterator[str | Bad]:
-    """Documents of a text file, of which no more than one and a block is in memory."""
-    rest, cut = b"", separator.encode()
+    """Documents of a text file, of which no more than one and a block is in memory. Ends of line are read as \\n."""
+    rest, cut = b"", separator.replace("\r\n", "\n").encode()
     with _open(file) as handle:
         while block := handle.read(1 << 20):
-            *whole, rest = (rest + block).split(cut)
+            while block.endswith(b"\r") and (more := handle.read(1)):
+                block += more
+            *whole, rest = (rest + block.replace(b"\r\n", b"\n")).split(cut)
             yield from (_decoded(d) for d in whole if d.strip())
     if rest.strip():
         yield _decoded(rest)

@@ -77,8 +77,8 @@ class StreamConfig:
                 raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
         if self.seed < 0:
             raise UserError(f"seed {self.seed}", "a whole number from 0 on")
-        if self.outlier_multiple is not None and not self.outlier_multiple > 1:
-            raise UserError(f"outlier_multiple {self.outlier_multiple}", "a number above 1, or nothing to keep outliers")
+        if self.outlier_multiple is not None and not 1 < self.outlier_multiple < math.inf:
+            raise UserError(f"outlier_multiple {self.outlier_multiple}", "a number above 1, or null to keep outliers")
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class ActivationStream:
         config: StreamConfig | None = None,
         *,
         group: Group = ALONE,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Checks everything and allocates the buffer; no forward pass is run.
 
@@ -131,13 +132,14 @@ class ActivationStream:
             group: processes that stream together. Each runs its share of the forward passes and sends the others what it read,
                 so that all of them get the batches that one process would have made. (With `shards` each runs what is missing,
                 and the first one writes.)
+            about: plain values that are to be kept with a dictionary's record of its training, such as the model's options.
 
         Raises: UserError for bad options, an unknown block, too little memory, or shards of another stream.
         """
         self.config = config or StreamConfig()
         self.config.check()
         self.model, self.corpus, self.blocks, self.group = model, corpus, tuple(sorted(set(blocks))), group
-        self.dtype = DTYPES[self.config.dtype]
+        self.dtype, self.about = DTYPES[self.config.dtype], dict(about or {})
         check((), [TokenResiduals(self.blocks, torch.empty(0), self.dtype)], model.n_blocks, model.d_model)
         # A row that is longer than a pass should be stands alone in one.
         self._most = max(self.config.batch_tokens, corpus.config.context)
@@ -289,7 +291,7 @@ class ActivationStream:
             prepend_bos=self.corpus.prepend_bos,
             context_size=config.context,
             dataset=", ".join(source.name for source in config.sources),
-            training={"corpus": plain(config)},
+            training={**self.about, "corpus": plain(config)},
         )
 
     # ------------------------------------------------------------------------------------------------------ calibration
@@ -363,7 +365,7 @@ class ActivationStream:
         """
         return {
             "version": 1,
-            "about": self._about(),
+            "about": self._about() | self._mixing(),
             "position": copy.deepcopy(self._position),
             "ended": self._ended,
             "medians": self._medians and self._medians.state(),
@@ -377,7 +379,7 @@ class ActivationStream:
 
         Raises: UserError if it is the state of another stream (model, corpus, blocks or options differ).
         """
-        mine = self._about()
+        mine = self._about() | self._mixing()
         other = sorted(key for key in mine if state["about"].get(key) != mine[key])
         if other:
             raise UserError(
@@ -405,3 +407,8 @@ class ActivationStream:
             "window": self.config.window,
             "seed": self.config.seed,
         }
+
+    def _mixing(self) -> dict[str, Any]:
+        """What else the batches depend on."""
+        names = ("outlier_multiple", "buffer_tokens", "calibration_tokens")
+        return {name: getattr(self.config, name) for name in names}

@@ -6,9 +6,11 @@ Does not know: files, rows, masks or mixtures.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,8 +18,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from pvsae.errors import UserError
-from pvsae.models.chat import ChatTemplate
-from pvsae.saes.sources import Bad, Messages, Value
+from pvsae.models.chat import ChatTemplate, Rendered
+from pvsae.saes.sources import Bad, Value
 
 # The flag of a token: its role, plus SPECIAL. What a template writes around the messages has the role TEMPLATE.
 TEMPLATE, SYSTEM, USER, ASSISTANT, TEXT = range(5)
@@ -66,13 +68,17 @@ class Tokeniser:
             limit: most tokens a sample; the rest is cut off.
         """
         texts = [i for i, v in enumerate(values) if isinstance(v, str)]
-        found: list[Tokens | Bad] = [
-            Bad("a text") if isinstance(v, str) else self._chat(v, s, limit) for v, s in zip(values, strip, strict=True)
-        ]
-        if texts:
-            encoded = self.tokenizer([values[i] for i in texts], add_special_tokens=False, verbose=False)["input_ids"]
-            for i, ids in zip(texts, encoded, strict=True):
-                found[i] = self._text(ids if self.bos_id is None else [self.bos_id, *ids], limit)
+        chats = [i for i, v in enumerate(values) if not isinstance(v, str)]
+        found: list[Tokens | Bad] = [Bad("a text")] * len(values)
+        bare = {i: tuple(m for m in values[i] if m["role"] != "system") for i in chats if strip[i]}  # type: ignore[index]
+        with _all_cores():
+            rendered = self.chat.conversations([bare.get(i) or values[i] for i in chats])  # type: ignore[misc]
+            encoded = [values[i] for i in texts]
+            encoded = self.tokenizer(encoded, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        for i, chat in zip(chats, rendered, strict=True):
+            found[i] = self._chat(chat, strip[i], limit)
+        for i, ids in zip(texts, encoded, strict=True):
+            found[i] = self._text(ids if self.bos_id is None else [self.bos_id, *ids], limit)
         return found
 
     def _text(self, ids: Sequence[int], limit: int | None) -> Tokens | Bad:
@@ -81,13 +87,9 @@ class Tokeniser:
         kept = np.asarray(ids[:limit], dtype=np.int32)
         return Tokens(kept, self._special[kept] | np.uint8(TEXT))
 
-    def _chat(self, messages: Messages, strip: bool, limit: int | None) -> Tokens | Bad:
-        if strip:
-            messages = tuple(m for m in messages if m["role"] != "system") or messages
-        try:
-            chat = self.chat.conversation(messages)
-        except UserError as error:
-            return Bad(f"the chat template refused it: {error.what.splitlines()[0][:120]}")
+    def _chat(self, chat: Rendered | UserError, strip: bool, limit: int | None) -> Tokens | Bad:
+        if isinstance(chat, UserError):
+            return Bad(f"the chat template refused it: {chat.what.splitlines()[0][:120]}")
         ids = np.asarray(chat.ids, dtype=np.int32)
         roles = np.zeros(len(ids), dtype=np.uint8)
         for role, start, end in chat.spans:
@@ -147,3 +149,18 @@ class Tokeniser:
         header = to_user[same - begun :]
         ids: Any = self.tokenizer(header, add_special_tokens=False)["input_ids"]
         return (header, int(ids[0])) if ids and int(ids[0]) in self.tokenizer.added_tokens_decoder else None
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Lets the tokenizers library use all cores (RAYON_NUM_THREADS limits them). The command line turns that off, for the sake
+    of processes that fork; here it is most of the time, and nothing forks."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -6,6 +6,7 @@ Does not know: what a sample is (it is told how to read and tokenise), rows, mas
 A folder for each source, tokenizer and options::
 
     chunk-00000/ids.npy flags.npy offsets.npy    samples i..j: ids[offsets[k]:offsets[k + 1]]
+    chunk-00000/keys.npy                         a hash of each sample's content, as it was read
     chunk-00000/chunk.json                       written last: a chunk without it does not count
 """
 
@@ -17,17 +18,18 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from jaxtyping import UInt64
 from tqdm.auto import tqdm
 
 from pvsae.errors import UserError
 from pvsae.runs import atomic_path, read_json, sha256_of, write_json
-from pvsae.saes.sources import Bad, Reader, Value
+from pvsae.saes.sources import Bad, Reader, Value, content_key
 from pvsae.saes.tokenising import Tokens
 
 try:
@@ -35,7 +37,8 @@ try:
 except ImportError:  # Windows: no advisory locks
     fcntl = None  # type: ignore[assignment]
 
-ARRAYS = ("ids", "flags", "offsets")
+ARRAYS = ("ids", "flags", "offsets", "keys")
+MOST_OPEN = 64  # chunks whose files are open at once: each takes two of the thousand or so that a process may have
 AT_ONCE = 256  # rows that are read and tokenised together
 Encode = Callable[[list[Value], list[int]], list[Tokens | Bad]]
 
@@ -63,11 +66,14 @@ class Chunk:
     last: bool
     after: Mapping[str, Any]
 
-    @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids [tokens], flags [tokens] (both memory-mapped) and offsets [samples + 1]."""
         ids, flags = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS[:2])
         return ids, flags, np.load(self.folder / "offsets.npy")
+
+    def keys(self) -> UInt64[np.ndarray, " samples"]:
+        """A hash of each sample's content."""
+        return np.load(self.folder / "keys.npy")
 
 
 class TokenStore:
@@ -95,6 +101,8 @@ class TokenStore:
         self.chunk_tokens, self.progress = chunk_tokens, progress
         self._chunks: list[Chunk] = []
         self._firsts: list[int] = []
+        chunks = self._chunks
+        self._arrays = lru_cache(maxsize=MOST_OPEN)(lambda number: chunks[number].arrays())
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -130,10 +138,15 @@ class TokenStore:
         """The tokens of a sample, as views of the memory map."""
         while index >= self.samples and self.chunk(len(self._chunks)) is not None:
             pass
-        chunk = self._chunks[bisect_right(self._firsts, index) - 1]
-        ids, flags, offsets = chunk.arrays
-        here = slice(*offsets[index - chunk.first : index - chunk.first + 2].tolist())
+        number = bisect_right(self._firsts, index) - 1
+        ids, flags, offsets = self._arrays(number)
+        at = index - self._firsts[number]
+        here = slice(*offsets[at : at + 2].tolist())
         return Tokens(ids[here], flags[here])
+
+    def keys(self) -> UInt64[np.ndarray, " samples"]:
+        """Hashes of the samples' contents, of the chunks that are open so far: of the same text the same hash."""
+        return np.concatenate([np.zeros(0, np.uint64), *(chunk.keys() for chunk in self._chunks)])
 
     # ----------------------------------------------------------------------------------------------------------- making
     def _open(self, number: int, bar: Any) -> Chunk:
@@ -150,6 +163,7 @@ class TokenStore:
         most = self.reader.source.max_samples
         shutil.rmtree(folder, ignore_errors=True)
         made: list[Tokens] = []
+        keys: list[int] = []
         tokens, bad, last = 0, Counter[str](), False
         rows = self.reader.rows(before.after if before else None)
         with self._bar() if bar is None else contextlib.nullcontext(bar) as bar:
@@ -157,11 +171,13 @@ class TokenStore:
                 values = list(islice(rows, AT_ONCE))
                 good = [(row + i, v) for i, v in enumerate(values) if not isinstance(v, Bad)]
                 encoded = self.encode([v for _, v in good], [i for i, _ in good])
-                for found in (*(v for v in values if isinstance(v, Bad)), *encoded):
+                bad.update(v.reason for v in values if isinstance(v, Bad))
+                for (_, value), found in zip(good, encoded, strict=True):
                     if isinstance(found, Bad):
                         bad[found.reason] += 1
                     elif most is None or first + len(made) < most:
                         made.append(found)
+                        keys.append(content_key(value))
                         tokens += len(found.ids)
                 row += len(values)
                 last = len(values) < AT_ONCE or (most is not None and first + len(made) >= most)
@@ -172,6 +188,7 @@ class TokenStore:
             "ids": np.concatenate([t.ids for t in made]) if made else np.zeros(0, np.int32),
             "flags": np.concatenate([t.flags for t in made]) if made else np.zeros(0, np.uint8),
             "offsets": offsets,
+            "keys": np.array(keys, np.uint64),
         }
         for name, array in arrays.items():
             with atomic_path(folder / f"{name}.npy") as tmp, tmp.open("wb") as handle:

@@ -141,6 +141,10 @@ class TrainConfig:
                     f"width_shards is {self.width_shards}, and {d.name} has {d.d_sae} latents",
                     f"a d_sae that is a multiple of {self.width_shards}: every shard has as many latents",
                 )
+        if self.warmup < 0:
+            raise UserError(f"warmup is {self.warmup}", "a number of steps, 0 for none")
+        if not self.k_start > 0:
+            raise UserError(f"k_start is {self.k_start}", "a positive number")
         names = [d.name for d in self.dictionaries]
         if len(set(names)) < len(names):
             raise UserError(
@@ -358,7 +362,7 @@ class _Run:
         """Drops lines that were written after the checkpoint; they will be written again."""
         metrics = self.folder / "metrics.jsonl"
         if self.grid.everyone.rank == 0 and metrics.is_file():
-            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.done]
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= self.done]
             with atomic_path(metrics) as path:
                 path.write_text("".join(f"{line}\n" for line in kept))
 
@@ -368,11 +372,16 @@ class _Run:
         d, learner = self.config.dictionaries[i], self.learners[i]
         held_out = self._scaled(self.stream.held_out(self.config.calibration_tokens))[d.block]
         threshold = calibrated_threshold(learner, held_out, d.k)
-        last = {**self.last[i], "running_threshold": learner.threshold, "threshold": threshold}
+        # In the units of the saved dictionary, whose threshold it is, and not of the lines of metrics.
+        thresholds = {"running_threshold": learner.threshold, "threshold": threshold}
+        last = {**self.last[i], **{name: t / self.stream.scale[d.block] for name, t in thresholds.items()}}
         source = self.stream.info(d.block)
+        few = len(held_out) < self.config.calibration_tokens
+        note = f"its threshold was set on {len(held_out):,} held-out tokens, of {self.config.calibration_tokens:,} wanted"
         info = replace(
             source,
             k=d.k,
+            notes=(*source.notes, *([note] if few else [])),
             training={
                 **source.training, "config": {**_plain(self.config), "dictionaries": [asdict(d)]},
                 "scale": self.stream.scale[d.block], "tokens": self.done * self.config.batch, "last": last,
@@ -422,6 +431,14 @@ def geometric_median(x: Float[Tensor, "n d_model"], n_steps: int = 50) -> Float[
         if close:
             break
     return guess
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for a line that was cut short, which can only be the last one."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def _shown(stats: Sequence[StepStats]) -> dict[str, str]:

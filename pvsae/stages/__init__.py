@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import decompose, extract, layers, monitor, sae_eval, sae_train, steer
+    from pvsae.stages import decompose, extract, feature_steer, layers, monitor, sae_eval, sae_features, sae_train, steer
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
+    from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
+    from pvsae.stages.sae_features import SaeFeaturesConfig, SaeFeaturesResult
     from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "monitor", "sae_train", "sae_eval", "decompose")
+STAGES = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -31,21 +33,27 @@ __all__ = [
     "DecomposeResult",
     "ExtractConfig",
     "ExtractResult",
+    "FeatureSteerConfig",
+    "FeatureSteerResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
     "MonitorResult",
     "SaeEvalConfig",
     "SaeEvalResult",
+    "SaeFeaturesConfig",
+    "SaeFeaturesResult",
     "SaeTrainConfig",
     "SaeTrainResult",
     "SteerConfig",
     "SteerResult",
     "decompose",
     "extract",
+    "feature_steer",
     "layers",
     "monitor",
     "sae_eval",
+    "sae_features",
     "sae_train",
     "steer",
 ]

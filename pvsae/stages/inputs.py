@@ -298,10 +298,7 @@ def pin_inputs(
         UserError: the model's weights or adapter, a trait's texts, its vectors or something of `others` is not
             what the run began with.
     """
-    from pvsae.models.fingerprint import fingerprint
-
-    now = {"weights of the model (with adapter and dtype)": fingerprint(model)}
-    now |= {f"texts of {t.name}": t.sha256 for t in traits}
+    now = {f"texts of {t.name}": t.sha256 for t in traits}
     for name, found in (vectors or {}).items():
         digest = hashlib.sha256()
         for statistic in found.statistics:
@@ -309,6 +306,18 @@ def pin_inputs(
         now[f"vectors of {name}"] = digest.hexdigest()
     for name, value in (others or {}).items():
         now[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    pin(run, model, now)
+
+
+def pin(run: RunDir, model: ChatModel, hashes: Mapping[str, str]) -> None:
+    """Remember a model's weights and the hashes of other inputs, by what a user would call them, when a run begins.
+
+    Raises:
+        UserError: the run began with other ones.
+    """
+    from pvsae.models.fingerprint import fingerprint
+
+    now = {"weights of the model (with adapter and dtype)": fingerprint(model), **hashes}
     before = run.do_json("inputs", lambda: now)
     changed = [what for what in now if before.get(what) != now[what]]
     if changed:

@@ -95,10 +95,11 @@ def run(
 
 
 def plan(config: LayersConfig) -> Plan:
-    """What a run would generate and judge; loads no model and asks nobody. UserError where the vectors are missing."""
+    """What a run would generate and judge; loads no model and asks nobody. UserError for missing vectors and unknown blocks."""
     parts = []
     for artifacts in open_traits(config):
-        blocks = config.blocks or candidate_blocks(read_vectors(config.vectors, artifacts.name, config.statistic))
+        vectors = read_vectors(config.vectors, artifacts.name, config.statistic)
+        blocks = tuple(vectors.check_block(block) for block in config.blocks) or candidate_blocks(vectors)
         cell = plan_rollouts(artifacts, "none", which="eval", n_samples=config.n_samples, max_questions=config.max_questions)
         parts.append((artifacts, cell * (1 + len(blocks) * len(config.coefs))))  # one cell is without steering
     return plan_answers(config, parts)

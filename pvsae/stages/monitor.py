@@ -150,7 +150,9 @@ def plan(config: MonitorConfig) -> Plan:
     notes: list[str] = []
     parts = []
     for artifacts in open_traits(config):
-        read_vectors(config.vectors, artifacts.name, config.statistic)
+        vectors = read_vectors(config.vectors, artifacts.name, config.statistic)
+        if config.block is not None:
+            vectors.check_block(config.block)
         parts.append((artifacts, plan_tasks(config, artifacts, notes)))
     if config.shots:
         notes.append("many-shot prompts that do not fit the model's context will be left out")

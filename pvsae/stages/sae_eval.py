@@ -7,7 +7,6 @@ Does not know: how anything is measured (saes/evaluate.py, saes/measures.py), fi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import pandas as pd
 from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json, write_json
+from pvsae.stages.inputs import pin
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -76,6 +76,12 @@ class SaeEvalConfig:
         for name in ("tokens", "batch_tokens", "loss_batch_tokens", "compare_latents"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
+        if self.held_out and not self.text:
+            raise UserError(
+                f"held_out is {self.held_out}, and no text is given",
+                "text of which so much was held out",
+                "without text, it is what the dictionary's own training held out that is read",
+            )
 
     def identity(self) -> dict[str, Any]:
         """The options that the numbers depend on; a run folder is resumed only under the same ones."""
@@ -106,15 +112,13 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
     folder = run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, COMMAND, config.identity(), config.seed)
     try:
         if model is None:
-            name = config.model or load(config.dictionary).info.model
-            if name is None:
-                raise UserError(f"{config.dictionary} does not say which model it is of", "a model", "--model NAME")
-            model = load_model(name, adapter=config.adapter, dtype=config.dtype, device=config.device, chat=config.chat)
+            name, adapter, chat = _model_of(config, load(config.dictionary))
+            model = load_model(name, adapter=adapter, dtype=config.dtype, device=config.device, chat=chat)
         sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
         # What can be wrong with the text shows here, while the options may still be put right: nothing is pinned yet.
         rows = [] if "evaluation" in folder.finished else _rows(config, model, sae)
-        _pin(folder, model, [sae] if other is None else [sae, other])
+        pin(folder, model, {f"dictionary {d.ref}": _digest(d) for d in (sae, other) if d is not None})
         with folder.step("evaluation") as step:
             if not step.done:
                 _write(_evaluate(config, model, sae, rows or _rows(config, model, sae)), step.folder)
@@ -134,19 +138,15 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
             folder.close()
 
 
-def _pin(folder: RunDir, model: ChatModel, dictionaries: Iterable[SAE]) -> None:
-    """Refuse to go on with other arrays or weights under the same name than the run began with."""
-    from pvsae.models.fingerprint import fingerprint
-
-    now = {"weights of the model": fingerprint(model), **{f"dictionary {sae.ref}": _digest(sae) for sae in dictionaries}}
-    before = folder.do_json("inputs", lambda: now)
-    changed = [what for what in now if before.get(what) != now[what]]
-    if changed:
-        raise UserError(
-            f"the {', the '.join(changed)} changed since the run in {folder.path} began",
-            "the same inputs until a run is finished",
-            "choose another --out, or delete that folder",
-        )
+def _model_of(config: SaeEvalConfig, sae: SAE) -> tuple[str, str | None, str]:
+    """Name, adapter and chat mode: the config's, else those that the dictionary was trained with. UserError without a name."""
+    own = sae.info.training.get("model") or {"name": sae.info.model}  # only our own trainings say more than a name
+    if config.model is not None:
+        own = {"name": config.model}
+    if own["name"] is None:
+        raise UserError(f"{config.dictionary} does not say which model it is of", "a model", "--model NAME")
+    chat = config.chat if config.chat != "auto" else own.get("chat", "auto")
+    return own["name"], config.adapter or own.get("adapter"), chat
 
 
 def _digest(sae: SAE) -> str:
@@ -166,17 +166,20 @@ def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:
     from pvsae.saes.evaluate import check_block
 
     check_block(sae, model, config.block)
+    trained = sae.info.training.get("corpus", {})
     context = min(config.context or sae.info.context_size or 512, model.n_ctx)
     if config.text:
         corpus_config = CorpusConfig(
             sources=tuple(_source(text) for text in config.text),
             context=context,
             drop_first=sae.info.drop_first,
+            tokens=trained.get("tokens", "all"),
+            skip_special=trained.get("skip_special", True),
             held_out=config.held_out,
             seed=config.seed,
         )
-    elif "corpus" in sae.info.training:
-        corpus_config = replace(settings.build(CorpusConfig, sae.info.training["corpus"], "its corpus"), context=context)
+    elif trained:
+        corpus_config = replace(settings.build(CorpusConfig, trained, "its corpus"), context=context)
     else:
         raise UserError(
             f"no text to evaluate on, and {sae.ref} does not say on which it was trained",
@@ -273,11 +276,15 @@ def _summary(
     if "agreement" in tables:
         headline.append({"label": "mean max cosine with the other", "value": f"{tables['agreement']['mmcs'].iloc[0]:.3f}"})
     n = int(quality["tokens"]["kept"])
+    trained = sae.info.training.get("corpus", {})
+    left_out = ["what no assistant says in a chat"] if trained.get("tokens") == "answers" else []
+    left_out += ["special tokens"] if trained.get("skip_special", True) else []
+    left_out += [f"the first {sae.info.drop_first} tokens of a row"]
     return {
         "title": "Evaluation of a dictionary",
         "about": (
             f"{sae.ref}: {sae.d_sae} latents at block {config.block if config.block is not None else sae.info.block} of "
-            f"{model.name}, on {n} tokens. Left out are special tokens, the first {sae.info.drop_first} tokens of a row, and "
+            f"{model.name}, on {n} tokens. Left out are {', '.join(left_out)}, and "
             "tokens whose residual is an outlier; the table says what counting them would change. Recovered loss is 1 where the "
             "reconstruction, put in place of the residual, costs the model nothing, and 0 where it costs as much as the ablation."
         ),

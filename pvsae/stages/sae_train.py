@@ -29,6 +29,7 @@ from pvsae.saes.config import SaeTrainConfig, load_config
 from pvsae.saes.logs import Log, open_logs
 from pvsae.saes.parallel import Group, join, leave
 from pvsae.saes.trainer import Trained, check_processes, finished, read_back, train
+from pvsae.stages.inputs import pin
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -141,7 +142,6 @@ def _train(
 ) -> tuple[list[Trained], ActivationStream | None]:
     """The dictionaries, and the stream that they came from; None where they were there already."""
     from pvsae.models import load as load_model
-    from pvsae.models.fingerprint import fingerprint
     from pvsae.saes.corpus import Corpus
     from pvsae.saes.stream import ActivationStream
 
@@ -151,11 +151,10 @@ def _train(
     c = config.model
     model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
     corpus = Corpus(model, config.corpus, progress=progress)
-    stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group)
-    now = {"model": fingerprint(model), "corpus": corpus.fingerprint}
-    if folder is not None and (found_then := folder.do_json("inputs", lambda: now)) != now:
-        other = " and ".join(key for key in now if found_then.get(key) != now[key])
-        raise UserError(f"the {other} changed since the run in {path} began", "the same", "choose another --out, or delete it")
+    about = {"model": settings.plain(config.model)}
+    stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group, about=about)
+    if folder is not None:
+        pin(folder, model, {"corpus": corpus.fingerprint})
     return train(stream, training, path, device=model.device, group=group, log=log, progress=progress), stream
 
 

@@ -36,14 +36,12 @@ from pvsae.stages.inputs import (
     open_vectors,
     pin_inputs,
     read_vectors,
-    require_paid,
-    require_scores,
 )
 from pvsae.stages.plan import Plan, plan_answers
-from pvsae.stages.statistics import mean_ci
 from pvsae.stages.strength import UNITS, calibrate, gap_in_raw, mean_kl
+from pvsae.stages.sweep import POSITIONS, UNDER, failures, judged_answers, score_columns, tasks_under
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
-from pvsae.vectors.rollouts import Rollouts, Task, generate_tasks, judge_rollouts
+from pvsae.vectors.rollouts import Rollouts, Task
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -51,8 +49,6 @@ if TYPE_CHECKING:
     from pvsae.traits import TraitArtifacts
 
 ALL_BLOCKS = "incremental"  # the table's name for the multi-layer form
-UNDER = ("none", "pos", "neg")
-POSITIONS = ("prompt", "response", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,22 +108,6 @@ class Condition:
     def slug(self) -> str:
         at = "" if self.matrix is None else f"_block-{self.block}_coef{self.coef:+g}"
         return self.name.replace(" ", "-") + at
-
-
-def tasks_under(artifacts: TraitArtifacts, system: str, n_samples: int, max_questions: int | None) -> list[Task]:
-    """Evaluation questions under no system prompt ("none") or under the trait's instructions, which take turns by question."""
-    from pvsae.traits import system_message
-
-    tasks = []
-    for i, question in enumerate(artifacts.eval_questions[:max_questions]):
-        k = i % len(artifacts.pairs)
-        message = None
-        if system != "none":
-            name = artifacts.name if system == "pos" else "helpful"
-            message = system_message(name, getattr(artifacts.pairs[k], system))
-        index = -1 if message is None else k
-        tasks += [Task(f"{artifacts.name}_{i}", question, i, index, s, system, message) for s in range(n_samples)]
-    return tasks
 
 
 def random_like(matrix: Float[Tensor, "n_blocks d_model"], seed: int) -> Float[Tensor, "n_blocks d_model"]:
@@ -305,34 +285,19 @@ class _Sweep:
     def answers(self, condition: Condition) -> tuple[Rollouts, float]:
         """Judged answers under a condition, and the raw coefficient that its strength came to."""
         raw = self.raw_coef(condition)
-        name = f"{self.artifacts.name}/{condition.slug}"
-
-        def compute() -> Rollouts:
-            edits = (
-                ()
-                if condition.matrix is None
-                else additions(condition.matrix, condition.block, raw, self.config.positions, condition.slug)
-            )
-            answers = generate_tasks(
-                self.model,
-                _tasks(self.config, self.artifacts, condition),
-                {"trait": self.artifacts.name, "condition": condition.name},
-                sampling=self.config.sampling(self.model),
-                interventions=edits,
-                batch_size=self.config.batch_size,
-                parts=self.folder.parts(name) / "answers",
-                progress=name,
-            )
-            scores = self.folder.parts(name) / "scores"
-            # Without a vector a judge that finds no number is at fault; with one, the answers may be that broken.
-            accept = require_scores if condition.matrix is None else require_paid
-            return accept(judge_rollouts(answers, self.judge, self.artifacts, parts=scores))
-
-        rollouts = self.folder.do(
-            name,
-            compute,
-            lambda value, where: value.save(where / "rollouts.parquet"),
-            lambda where: Rollouts.load(where / "rollouts.parquet"),
+        edits: tuple[Add, ...] = ()
+        if condition.matrix is not None:
+            edits = additions(condition.matrix, condition.block, raw, self.config.positions, condition.slug)
+        rollouts = judged_answers(
+            self.config,
+            self.folder,
+            self.model,
+            self.judge,
+            self.artifacts,
+            step=f"{self.artifacts.name}/{condition.slug}",
+            condition=condition.name,
+            tasks=_tasks(self.config, self.artifacts, condition),
+            edits=edits,
         )
         return rollouts, raw
 
@@ -361,9 +326,6 @@ class _Sweep:
 
 
 def _row(config: SteerConfig, trait: str, condition: Condition, raw: float, rollouts: Rollouts) -> dict[str, Any]:
-    questions = rollouts.table["question_index"].tolist()
-    score = mean_ci(rollouts.table[trait], questions, seed=config.seed)
-    coherence = mean_ci(rollouts.table["coherence"], questions, seed=config.seed)
     return {
         "trait": trait,
         "condition": condition.name,
@@ -373,15 +335,7 @@ def _row(config: SteerConfig, trait: str, condition: Condition, raw: float, roll
         "raw_coef": raw,
         "positions": "-" if condition.matrix is None else config.positions,
         "under": condition.system,
-        "trait_score": score.value,
-        "trait_low": score.low,
-        "trait_high": score.high,
-        "coherence": coherence.value,
-        "coherence_low": coherence.low,
-        "coherence_high": coherence.high,
-        "n": len(rollouts),
-        "n_failed_trait": score.n_missing,
-        "n_failed_coherence": coherence.n_missing,
+        **score_columns(trait, rollouts, config.seed),
     }
 
 
@@ -407,10 +361,7 @@ def _summary(
             + (" without any system prompt." if config.under == "none" else f" under its {config.under} system prompts.")
         ),
         "headline": headline,
-        "failures": [
-            {"what": "answers without a trait score (left out of the mean)", "n": int(table["n_failed_trait"].sum())},
-            {"what": "answers without a coherence score (left out of the mean)", "n": int(table["n_failed_coherence"].sum())},
-        ],
+        "failures": failures(table),
         "prompts": prompts,
         "examples": examples,
     }

@@ -196,6 +196,22 @@ def test_held_out_samples_are_never_in_training(model, tmp_path, fit) -> None:
     assert 45 < len(apart) < 115
 
 
+def test_held_out_samples_are_the_same_ones_wherever_they_stand(model, tmp_path) -> None:
+    """Text of which a part was trained on is told apart in another order, beside other sources, and in copies."""
+    first, second = write_texts(tmp_path / "a.jsonl", 300), write_texts(tmp_path / "b.jsonl", 300, start=300)
+    trained = open_corpus(model, tmp_path, Source(path=first), Source(path=second), held_out=0.2, repeat=True)
+    seen = set(numbers(trained, islice(trained.rows(), 4000)))
+    alone = open_corpus(model, tmp_path, Source(path=second), held_out=0.2)
+    apart = set(numbers(alone, alone.rows(held_out=True)))
+    assert 30 < len(apart) < 90
+    assert not apart & seen
+    assert apart | seen >= set(range(300, 600))
+    mixed = write_jsonl(tmp_path / "c.jsonl", [{"text": text(i)} for i in (*range(310, 500), *range(290, 400))])
+    copied = open_corpus(model, tmp_path, Source(path=mixed), held_out=0.2)
+    assert set(numbers(copied, copied.rows(held_out=True))) - set(range(300)) == {i for i in apart if i < 500}
+    assert not set(numbers(copied, copied.rows(held_out=True))) & set(numbers(copied, copied.rows()))
+
+
 def test_the_held_out_walk_goes_once_through_every_source(model, tmp_path) -> None:
     sources = [
         Source(path=write_texts(tmp_path / "a.jsonl", 1000), weight=0.99),

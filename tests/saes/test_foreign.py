@@ -71,6 +71,17 @@ def test_it_says_what_the_config_says_and_no_more(tmp_path):
     assert "layer 20" in info.notes[0]
 
 
+def test_the_block_is_no_number_that_happens_to_stand_in_a_path(tmp_path):
+    silent = make_config("BatchTopKSAE", layer=7)
+    silent["trainer"]["submodule_name"] = None
+    info = load(write_folder(tmp_path / "multilayer_2" / "resid_post_layer_3" / "trainer_1", config=silent)).info
+    assert (info.block, info.notes) == (7, ()), "the config says it"
+    silent["trainer"]["layer"] = None
+    assert load(write_folder(tmp_path / "layer_2" / "resid_post_layer_3" / "trainer_1", config=silent)).info.block == 3
+    assert load(write_folder(tmp_path / "layer_2" / "some" / "trainer_1", config=silent)).info.block is None
+    assert load(write_folder(tmp_path / "multilayer_2" / "trainer_1", config=silent)).info.block is None
+
+
 def test_it_becomes_a_folder_of_sae_lens_and_comes_back(tmp_path):
     sae, x = load(write_folder(tmp_path / "a")), residuals(9)
     again = load(save(sae, tmp_path / "b"))

@@ -40,6 +40,13 @@ def test_text_files_are_split_into_documents_across_block_borders(tmp_path) -> N
     assert rows(Source(path=str(tmp_path / "b.txt"), separator="<end>")) == documents[:3]
 
 
+def test_ends_of_line_of_another_system(tmp_path) -> None:
+    documents = [f"Document {i}.\nSecond line " + "x" * 70_001 for i in range(40)]
+    (tmp_path / "a.txt").write_bytes("\r\n\r\n".join(d.replace("\n", "\r\n") for d in documents).encode() + b"\r\n")
+    for separator in ("\n\n", "\r\n\r\n"):
+        assert rows(Source(path=str(tmp_path / "a.txt"), separator=separator)) == documents
+
+
 def test_gzip_parquet_and_patterns(tmp_path) -> None:
     import pandas as pd
 
@@ -58,6 +65,18 @@ def test_reading_goes_on_at_a_place(tmp_path) -> None:
     source = Source(path=write_texts(tmp_path / "a.jsonl", 20))
     reader = Reader(source)
     assert rows(source, reader.place(7)) == [text(i) for i in range(7, 20)]
+
+
+def test_half_a_character_is_a_bad_row(tmp_path) -> None:
+    """JSON writes characters beyond 16 bits as two escapes; text that was cut between them cannot be tokenised."""
+    texts = write_jsonl(
+        tmp_path / "a.jsonl", ['{"text": "cut \\ud83d"}', {"text": "whole 🙂"}, '{"text": "escaped \\ud83d\\ude42"}']
+    )
+    broken = Bad("half of a surrogate pair, which is no character")
+    assert rows(Source(path=texts)) == [broken, "whole 🙂", "escaped 🙂"]
+    said = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\ude42"}]}'
+    chats = write_jsonl(tmp_path / "b.jsonl", [said, {"messages": chat(0)}])
+    assert rows(Source(path=chats)) == [broken, tuple(chat(0))]
 
 
 def test_bad_rows_do_not_stop_the_reading(tmp_path) -> None:
@@ -135,6 +154,17 @@ def test_unknown_and_broken_files(tmp_path) -> None:
         Reader(Source(path=str(tmp_path / "a.parquet")))
 
 
+def test_damaged_archives_are_said(tmp_path) -> None:
+    whole = gzip.compress("".join(json.dumps({"text": text(i)}) + "\n" for i in range(4000)).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    reader = Reader(Source(path=str(tmp_path / "cut.jsonl.gz")))  # its first rows are there
+    with pytest.raises(UserError, match=r"cut.jsonl.gz cannot be unpacked: Compressed file ended"):
+        list(reader.rows())
+    (tmp_path / "plain.jsonl.gz").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"plain.jsonl.gz cannot be unpacked: Not a gzipped file"):
+        Reader(Source(path=str(tmp_path / "plain.jsonl.gz")))
+
+
 def test_content_is_known_by_its_bytes(tmp_path) -> None:
     a, b = write_texts(tmp_path / "a.jsonl", 5), write_texts(tmp_path / "b.jsonl", 5)
     assert Reader(Source(path=a)).content == Reader(Source(path=b)).content
@@ -199,6 +229,11 @@ class TestDatasets:
         assert rows(Source(dataset=str(tmp_path / "named"))) == [text(i) for i in range(6)]
         self.datasets.Dataset.from_dict({"text": [text(i) for i in range(4)]}).save_to_disk(tmp_path / "saved")
         assert rows(Source(path=str(tmp_path / "saved"))) == [text(i) for i in range(4)]
+        splits = {name: self.datasets.Dataset.from_dict({"text": [f"{name} row"]}) for name in ("train", "test")}
+        self.datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+        both = [Reader(Source(path=str(tmp_path / "both"), split=name)) for name in splits]
+        assert [list(reader.rows()) for reader in both] == [["train row"], ["test row"]]
+        assert both[0].content != both[1].content, "the tokens of one must not be taken for the other's"
         (tmp_path / "a.csv").write_text("text,n\nhello,1\nworld,2\n")
         assert rows(Source(path=str(tmp_path / "a.csv"))) == ["hello", "world"]
 

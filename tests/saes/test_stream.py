@@ -183,6 +183,8 @@ def test_the_state_of_another_stream_is_refused(model, corpus, tiny_models) -> N
         stream(model, corpus, (1, 3)).restore(state)
     with pytest.raises(UserError, match="batch_tokens, seed"):
         stream(model, corpus, batch_tokens=128, seed=4).restore(state)
+    with pytest.raises(UserError, match="differs in: buffer_tokens, calibration_tokens, outlier_multiple"):
+        stream(model, corpus, buffer_tokens=1500, calibration_tokens=77, outlier_multiple=3.0).restore(state)
     assert fingerprint(model) != fingerprint(tiny_models("llama"))
 
 
@@ -400,6 +402,7 @@ def test_a_damaged_shard_is_filled_again_with_the_same_bits(model, corpus, tmp_p
         ({"batch_tokens": 0}, "batch_tokens"),
         ({"buffer_tokens": 300}, "buffer_tokens 300"),
         ({"outlier_multiple": 0.5}, "outlier_multiple"),
+        ({"outlier_multiple": float("inf")}, "outlier_multiple inf"),
         ({"seed": -1}, "seed"),
     ],
 )

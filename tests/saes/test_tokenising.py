@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,25 @@ def test_the_system_prompt_is_taken_off_whole(family, system) -> None:
     assert shown.startswith(starts[family] + "Question")
     if system:
         assert len(stripped.ids) < len(whole.ids)
+
+
+def test_all_cores_tokenise_and_the_setting_is_left_as_it_was(tokeniser, monkeypatch) -> None:
+    seen = []
+    conversations = tokeniser.chat.conversations
+    monkeypatch.setattr(
+        tokeniser.chat, "conversations",
+        lambda chats: seen.append(os.environ["TOKENIZERS_PARALLELISM"]) or conversations(chats),
+    )  # fmt: skip
+    values = [tuple(chat(i, turns=2)) for i in range(20)]
+    for before in ("false", None):
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM") if before is None else monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+        together = tokeniser.encode(values, [False] * 20)
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+        for value, found in zip(values, together, strict=True):
+            alone = one(tokeniser, value)
+            assert alone.ids.tolist() == found.ids.tolist()
+            assert alone.flags.tolist() == found.flags.tolist()
+    assert set(seen) == {"true"}
 
 
 def test_the_fingerprint_knows_tokenizer_template_and_date() -> None:

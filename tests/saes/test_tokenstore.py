@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from pvsae.models.chat import ChatTemplate
+from pvsae.saes import tokenstore
 from pvsae.saes.sources import Reader, Source
 from pvsae.saes.tokenising import Tokeniser
-from pvsae.saes.tokenstore import TokenStore
+from pvsae.saes.tokenstore import MOST_OPEN, TokenStore
 from tests.conftest import make_tokenizer
 from tests.saes.corpora import text, write_jsonl, write_texts
 
@@ -50,6 +51,23 @@ def test_samples_come_back_as_they_were_over_all_chunks(tokeniser, tmp_path) -> 
     assert store.samples == 900
     assert everything(store) == [list(tokeniser.chat.plain(text(i)).ids) for i in range(900)]
     assert sum(c.tokens for c in store.chunks) == sum(map(len, everything(store)))
+
+
+def test_more_chunks_than_a_process_may_have_open_files(tokeniser, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tokenstore, "AT_ONCE", 4)
+    resource = pytest.importorskip("resource", reason="this system has no limits of open files")
+    store = make_store(tokeniser, tmp_path, write_texts(tmp_path / "a.jsonl", 4 * (MOST_OPEN + 20)), chunk_tokens=1)
+    store.make_all()
+    assert len(store.chunks) > MOST_OPEN + 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 2 * MOST_OPEN + 10, hard))
+    try:
+        wanted = range(0, store.samples, 3)
+        found = [store.sample(i).ids.tolist() for i in (*wanted, *wanted)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [list(tokeniser.chat.plain(text(i)).ids) for i in (*wanted, *wanted)]
 
 
 def test_nothing_is_tokenised_twice(tokeniser, tmp_path) -> None:

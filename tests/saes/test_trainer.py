@@ -107,6 +107,33 @@ def test_killed_and_started_again_ends_with_the_same_bits(tmp_path: Path, kill_a
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "killed" / "metrics.jsonl").read_text()
 
 
+def test_a_line_of_metrics_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
+    """A full disk, or a machine that lost its power."""
+    train(Made(), config(), tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(Made(kill_at=33), config(), tmp_path / "killed", progress=False)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-40])
+    train(Made(), config(), tmp_path / "killed", progress=False)
+    assert metrics.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_thresholds_at_the_end_are_those_of_the_saved_dictionary(tmp_path: Path) -> None:
+    for one in train(Made(), config(), tmp_path, progress=False):
+        assert one.last["threshold"] == pytest.approx(float(one.sae.threshold[0]), rel=1e-5)
+        assert one.last["running_threshold"] == pytest.approx(one.last["threshold"], rel=0.5)
+        assert one.sae.info.notes == ()
+
+
+def test_a_threshold_from_fewer_tokens_than_wanted_is_noted(tmp_path: Path) -> None:
+    class Short(Made):
+        def held_out(self, n_tokens: int) -> dict[int, Tensor]:
+            return super().held_out(300)
+
+    for one in train(Short(), config(20), tmp_path, progress=False):
+        assert load(tmp_path / one.name).info.notes == ("its threshold was set on 300 held-out tokens, of 4,096 wanted",)
+
+
 def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
     first = train(Made(), config(10), tmp_path, progress=False)
     untouched = Made(kill_at=0)
@@ -147,7 +174,8 @@ def test_annealed_k_is_what_the_steps_keep(tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         ({"tokens": 100}, "one whole batch"), ({"batch": 0}, "batch is 0"), ({"dictionaries": ()}, "no dictionary"),
-        ({"decay": 1.5}, "decay is 1.5"), ({"dictionaries": (DictionaryConfig(block=1, d_sae=8, k=2),) * 2}, "are the same"),
+        ({"decay": 1.5}, "decay is 1.5"), ({"warmup": -5}, "warmup is -5"), ({"k_start": -3}, "k_start is -3"),
+        ({"dictionaries": (DictionaryConfig(block=1, d_sae=8, k=2),) * 2}, "are the same"),
     ],
 )  # fmt: skip
 def test_wrong_configs_are_refused(wrong: dict[str, Any], said: str) -> None:

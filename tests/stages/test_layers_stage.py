@@ -48,6 +48,11 @@ def test_the_choice_is_the_best_cell_and_later_stages_find_it(tmp_path, tiny_mod
         chosen_block("sad", model, tmp_path / "run")
 
 
+def test_a_plan_knows_which_blocks_the_vectors_have(vectors_run, stage_library) -> None:
+    with pytest.raises(UserError, match=r"block 99 does not exist(?s:.*)from 0 to 3"):
+        layers.plan(replace(config(vectors_run, stage_library, blocks=(1, 99)), model="organism"))
+
+
 def test_a_second_run_asks_nobody_and_gives_the_same_table(tmp_path, tiny_models, stage_library, vectors_run) -> None:
     judge = ByteJudge()
     first = layers.run(config(vectors_run, stage_library), tmp_path / "run", model=tiny_models("qwen2"), judge=judge)

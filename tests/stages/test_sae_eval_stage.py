@@ -109,6 +109,24 @@ def test_another_dictionary_under_the_same_name_is_refused(made, tmp_path):
         run(config, tmp_path / "run", model=model)
 
 
+def test_other_weights_of_the_model_are_refused(made, tmp_path, tiny_folders):
+    """Before and after the evaluation is finished."""
+    from pvsae.models import load as load_model
+
+    _, config = made
+    model = load_model(tiny_folders("qwen2"), device="cpu")
+    first = run(config, tmp_path / "run", model=model)
+    again = run(config, tmp_path / "run", model=load_model(tiny_folders("qwen2"), device="cpu"))
+    pd.testing.assert_frame_equal(first.tables["quality"], again.tables["quality"])
+    with torch.no_grad():
+        model.blocks[1].mlp.down_proj.weight.mul_(1.01)
+    with pytest.raises(UserError, match=r"the weights of the model .* changed since the run in .* began"):
+        run(config, tmp_path / "run", model=model)
+    (tmp_path / "run" / "evaluation" / "summary.json").unlink()  # then it would be made anew, with the other weights
+    with pytest.raises(UserError, match="weights of the model"):
+        run(config, tmp_path / "run", model=model)
+
+
 @pytest.mark.parametrize(("array", "at"), [("W_enc", (5, 40)), ("W_dec", (50, 3)), ("threshold", (7,)), ("b_dec", (1,))])
 def test_one_changed_number_makes_another_dictionary(made, tmp_path, array, at):
     model, config = made
@@ -149,10 +167,50 @@ def test_held_out_text_alone(made, tmp_path):
     assert 0 < expected < sum(int(row.keep.sum()) for row in corpus.rows())
 
 
+def test_tokens_are_those_that_the_dictionary_was_made_for(made, tmp_path):
+    """Of answers alone, where it was trained on those; and the page says so."""
+    model, config = made
+    chats = tmp_path / "chats.jsonl"
+    talk = [{"role": "user", "content": TEXTS[2]}, {"role": "assistant", "content": TEXTS[0]}]
+    chats.write_text((json.dumps({"messages": talk}) + "\n") * 8)
+    sae = load(config.dictionary)
+    counted = {}
+    for tokens, skip_special in (("all", True), ("answers", True), ("all", False)):
+        trained = {"corpus": {"sources": [{"path": "gone"}], "tokens": tokens, "skip_special": skip_special}}
+        save(sae.with_info(training=trained, drop_first=0, context_size=400), tmp_path / "own")
+        own = replace(config, dictionary=str(tmp_path / "own"), compare=None, text=(str(chats),), loss_tokens=0, tokens=10**6)
+        result = run(own, tmp_path / f"run-{tokens}-{skip_special}", model=model)
+        counted[tokens, skip_special] = int(result.tables["quality"].set_index("set")["tokens"]["with outliers"])
+        about = json.loads((result.path / "result.json").read_text())["about"]
+        assert ("no assistant says" in about) == (tokens == "answers")
+        assert ("special tokens" in about) == skip_special
+    (row,) = {model.chat.conversation(talk)}
+    assert counted["answers", True] == 8 * (row.answer[1] - row.answer[0])
+    assert counted["all", False] == 8 * len(row.ids)
+    assert counted["answers", True] < counted["all", True] < counted["all", False]
+
+
+def test_the_model_that_it_was_trained_with_is_loaded(made, tmp_path, monkeypatch):
+    """With its adapter and chat mode, unless another one is named."""
+    model, config = made
+    asked = []
+    monkeypatch.setattr("pvsae.models.load", lambda name, **options: asked.append((name, options)) or model)
+    trained = {"model": {"name": "base", "adapter": "lora", "chat": "plain"}}
+    save(load(config.dictionary).with_info(model="base+lora", training=trained), config.dictionary)
+    run(config, tmp_path / "a")
+    run(replace(config, model="other"), tmp_path / "b")
+    run(replace(config, adapter="own", chat="auto"), tmp_path / "c")
+    assert [(name, options["adapter"], options["chat"]) for name, options in asked] == [
+        ("base", "lora", "plain"), ("other", None, "auto"), ("base", "own", "plain"),
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_evaluated_is_said(made, tmp_path):
     model, config = made
     with pytest.raises(UserError, match="tokens is 0"):
         replace(config, tokens=0)
+    with pytest.raises(UserError, match=r"held_out is 0.1, and no text is given"):
+        replace(config, text=(), held_out=0.1)
     save(make_sae(), tmp_path / "small")
     for name, (message, wrong) in enumerate(
         {

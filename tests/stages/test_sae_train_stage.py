@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pvsae.errors import UserError
 from pvsae.reports import draw, write_report
 from pvsae.runs import read_json
 from pvsae.saes import stream as stream_module
-from pvsae.saes.config import SaeTrainConfig, config_of, load_config
+from pvsae.saes.config import ModelConfig, SaeTrainConfig, config_of, load_config
 from pvsae.saes.demand import demand
 from pvsae.saes.folders import load
 from pvsae.stages import SaeEvalConfig, sae_eval, sae_train
@@ -69,6 +70,7 @@ def test_a_run_folder_holds_dictionaries_and_how_they_came_about(finished, texts
         assert sae.d_sae == 96
         assert f"block-{sae.info.block}_" in name
         assert sae.info.training["corpus"]["drop_first"] == 1
+        assert sae.info.training["model"] == asdict(ModelConfig(name="tiny"))
     table = finished.table.set_index("dictionary")
     assert list(table["tokens"]) == [STEPS * 128] * 2
     assert list(table["l0"]) == [4.0, 4.0]
@@ -115,7 +117,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(
             sae_train.run(config(texts), tmp_path / "run", model=tiny_models("qwen2"), progress=False)
     with pytest.raises(UserError, match=r"another configuration; it differs in: config.training.tokens"):
         sae_train.run(config(texts, tokens=STEPS * 256), tmp_path / "run", model=tiny_models("qwen2"), progress=False)
-    with pytest.raises(UserError, match="the model and corpus changed"):
+    with pytest.raises(UserError, match=r"the weights of the model \(.*\), the corpus changed since"):
         sae_train.run(config(texts), tmp_path / "run", model=tiny_models("llama"), progress=False)
     resumed = sae_train.run(config(texts, log_every=4), tmp_path / "run", model=tiny_models("qwen2"), progress=False)
     for name in finished.folders:

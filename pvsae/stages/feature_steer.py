@@ -1,0 +1,498 @@
+"""Stage `feature_steer`: what single features of a dictionary do to a trait and its facets, by strength, with every control.
+
+Knows: the sweep over features and strengths, its controls, its tables.
+Does not know: what an intervention does to the model (models/), how answers are scored (judges/), what a facet is (facets.py).
+
+Controls, always: no steering; the eliciting system prompt; for every feature random features that are active as often, random
+directions, and the whole persona vector where it is given, all of them at the length that the feature itself adds. So what
+differs is where they point. (A clamp adds that length wherever the feature is silent, which is nearly everywhere, and directions
+have no activation to clamp: beside clamps they are added.) An ablated feature stands beside ablated features and directions.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from pvsae.errors import UserError
+from pvsae.runs import RunDir
+from pvsae.saes.activity import LatentActivity
+from pvsae.saes.evaluate import TokenRow, token_rows
+from pvsae.saes.output_score import PREFIX
+from pvsae.stages.costs import costs, ledger_of
+from pvsae.stages.counts import activity_of_text, count, is_kept, kept
+from pvsae.stages.facets import COHERENT, facet_table, specificity
+from pvsae.stages.handles import FEATURE_UNITS, MODES, Feature, open_features, parse
+from pvsae.stages.inputs import Setup, open_judge, open_model, open_run, open_traits, open_vectors, pin_inputs, read_vectors
+from pvsae.stages.plan import Plan, plan_answers
+from pvsae.stages.sweep import POSITIONS, UNDER, failures, judged_answers, score_columns, tasks_under
+from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
+from pvsae.vectors.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from pvsae.judges.base import Judge
+    from pvsae.models import ChatModel, Intervention
+    from pvsae.saes.dictionary import SAE
+    from pvsae.traits import TraitArtifacts
+
+KEYS = ["trait", "condition", "feature", "of", "coef"]
+FEATURE, TOGETHER, RANDOM_FEATURE, RANDOM_DIRECTION, VECTOR = (
+    "feature", "together", "random feature", "random direction", "vector",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSteerConfig(Setup):
+    """What to sweep.
+
+    Attributes:
+        features: SAE:INDEX, SAE a folder (SAELens, dictionary_learning) or RELEASE/ID; SAE:3,7 and SAE:10-19 name several.
+        mode: "add", "clamp" or "ablate".
+        coefs: strengths, in `unit`; not used by "ablate".
+        unit: "max" (multiples of the feature's highest activation) or "raw" (activation units of the dictionary).
+        together: steer with all features at once as well.
+        activity: run folders of `pvsae sae eval`, from which highest activations and densities are taken; where none is of the
+            dictionary, they are counted here, on `activity_tokens` tokens of the text that its training held out, or else on
+            unsteered answers.
+        prefilter: steer only with so many of the features, those of the highest output scores on `prefix`.
+        vectors: run folder of `pvsae extract`, or a vector file: then the whole persona vector is a control.
+        statistic: which vector of it.
+        blocks: the block, one at most, where a dictionary does not say which it is of.
+        positions: "response", "prompt" or "all".
+        under: system prompt during steering: "none", or the trait's eliciting ("pos") or suppressing ("neg") instructions.
+        n_random: random features, and random directions, a feature.
+        coherent: least coherence of a strength that counts in the table of specificity.
+        max_questions, n_samples: evaluation questions used (None: all), answers to each.
+    """
+
+    features: tuple[str, ...]
+    mode: str = "add"
+    coefs: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
+    unit: str = "max"
+    together: bool = False
+    activity: tuple[str, ...] = ()
+    activity_tokens: int = 20_000
+    prefilter: int | None = None
+    prefix: str = PREFIX
+    vectors: str | None = None
+    statistic: str = DEFAULT_STATISTIC
+    blocks: tuple[int, ...] = ()
+    positions: str = "all"
+    under: str = "none"
+    n_random: int = 2
+    coherent: float = COHERENT
+    max_questions: int | None = None
+    n_samples: int = 1
+
+
+@dataclass(frozen=True)
+class FeatureSteerResult:
+    """What a sweep found.
+
+    Attributes:
+        table: a row a trait and condition: trait, condition, feature, of (the feature whose control it is), coef, block, mode,
+            unit, raw (of a feature: activation units; of the persona vector: multiples of it), length (added to the residual),
+            density, positions, under, trait_score and coherence with their intervals, n, n_failed_trait, n_failed_coherence.
+        facets: a row a condition and facet: trait, condition, feature, of, coef, facet, score with its interval, n. Empty where
+            the judge's evidence names no facets.
+        specificity: see `facets.specificity`.
+        output_scores: of all features that were given, where a prefilter was asked for; else None.
+        activity: dictionary -> where maxima and densities come from.
+    """
+
+    table: pd.DataFrame
+    facets: pd.DataFrame
+    specificity: pd.DataFrame
+    output_scores: pd.DataFrame | None
+    activity: dict[str, str]
+    path: Path
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The columns of the table that tell most, for a terminal."""
+        return self.table[[*KEYS, "length", "trait_score", "trait_low", "trait_high", "coherence", "n", "n_failed_trait"]]
+
+    def dose_response(self, trait: str) -> pd.DataFrame:
+        """One trait's table with a column a facet (its score), a row a condition and strength, in the order of the sweep."""
+        table = self.table[self.table["trait"] == trait].drop(columns="trait")
+        facets = self.facets[self.facets["trait"] == trait]
+        wide = facets.pivot_table(index=KEYS[1:], columns="facet", values="score", sort=False, dropna=False)
+        return table.merge(wide.reset_index(), on=KEYS[1:], how="left", validate="one_to_one").reset_index(drop=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Condition:
+    """One way to treat the model. `edits` are what is done to it; `coef` is in the unit of the sweep, `raw` and `length` are of
+    the feature that is steered with, or whose control this is."""
+
+    name: str
+    system: str
+    feature: str = "-"
+    of: str = "-"
+    block: int | str = "-"
+    coef: float = 0.0
+    raw: float = 0.0
+    length: float = 0.0
+    density: float = math.nan
+    edits: tuple[Intervention, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        if not self.edits:
+            return self.name.replace(" ", "-")
+        of = "" if self.of == "-" else f"_of-{self.of}"
+        return f"{self.name}-{self.feature}{of}_coef{self.coef:+g}".replace(" ", "-").replace(":", "-")
+
+
+def dose_response(
+    trait: str, features: Sequence[str], run_dir: RunDir | str | Path, *, model: ChatModel | None = None, **options: Any
+) -> pd.DataFrame:
+    """The dose-response table of some candidate features on one trait; `options` are those of FeatureSteerConfig."""
+    config = FeatureSteerConfig(traits=(trait,), features=tuple(features), **options)
+    result = run(config, run_dir, model=model)
+    return result.dose_response(result.table["trait"].iloc[0])
+
+
+def run(
+    config: FeatureSteerConfig, run_dir: RunDir | str | Path, *, model: ChatModel | None = None, judge: Judge | None = None
+) -> FeatureSteerResult:
+    """Steer every trait of the config with every feature and its controls; a condition is a step, so a killed run goes on.
+
+    Raises:
+        UserError: bad options, a dictionary that does not fit the model or block, an index out of range, vectors of another
+            trait or shape; all before anything is generated. A feature that is active nowhere on the text that strengths are
+            measured on, as soon as that is known.
+    """
+    _check(config)
+    with open_run(run_dir, "feature_steer", config) as folder:
+        model = model or open_model(config)
+        traits = open_traits(config, model)
+        features = open_features(config.features, model, config.blocks[0] if config.blocks else None)
+        vectors = {t.name: _vectors(config, t.name, model, features) for t in traits} if config.vectors else {}
+        before = ledger_of(judge)
+        judge = judge or open_judge(config, model, folder)
+        sweep = _Sweep(config, folder, model, judge)
+        activity = _activity(config, folder, model, features)
+        for feature in features:  # what would end the run ends it while its options may still be put right
+            if feature.sae.ref in activity:
+                _measured(feature, activity[feature.sae.ref], config)
+        _pin(folder, model, traits, vectors, features)
+        for feature in features:
+            found = activity.get(feature.sae.ref)
+            if found is None or not is_kept(folder, feature.sae):
+
+                def compute(feature: Feature = feature, found: LatentActivity | None = found) -> LatentActivity:
+                    # A dictionary without text of its own is counted on what the model says by itself.
+                    return found or sweep.counted_on_answers(feature, traits[0])
+
+                activity[feature.sae.ref] = kept(folder, feature.sae, compute)
+        scores = _output_scores(config, folder, model, features) if config.prefilter else None
+        if scores is not None:
+            chosen = set(scores.loc[scores["kept"], "feature"])
+            features = [f for f in features if f.name in chosen]
+        features = [_measured(f, activity[f.sae.ref], config) for f in features]
+        for artifacts in traits:
+            for condition in _conditions(config, features, activity, vectors.get(artifacts.name), artifacts.name):
+                sweep.row(artifacts, condition)
+        table = pd.DataFrame(sweep.rows)
+        facets = facet_table(table[KEYS], sweep.answers, config.seed)
+        verdicts = specificity(table, facets, coherent=config.coherent)
+        folder.table("feature_steering", table)
+        folder.table("facets", facets)
+        folder.table("specificity", verdicts)
+        if scores is not None:
+            folder.table("output_scores", scores)
+        sources = {f.sae.ref: f"{activity[f.sae.ref].source}, {activity[f.sae.ref].tokens} tokens" for f in features}
+        folder.result({**_summary(config, table, verdicts, sources, judge, sweep), "costs": costs(judge, before)})
+        return FeatureSteerResult(table, facets, verdicts, scores, sources, folder.path)
+
+
+def plan(config: FeatureSteerConfig) -> Plan:
+    """What a run would generate and judge; loads no model and asks nobody. UserError where options or vectors are wrong."""
+    _check(config)
+    n = len(parse(config.features))
+    n = min(n, config.prefilter or n)
+    strengths = 1 if config.mode == "ablate" else len(config.coefs)
+    each = strengths * (1 + 2 * config.n_random + (config.vectors is not None))
+    steered = n * each + (strengths if config.together and n > 1 else 0)
+    parts = []
+    for artifacts in open_traits(config):
+        if config.vectors:
+            read_vectors(config.vectors, artifacts.name, config.statistic)
+        conditions = [config.under, *([] if config.under == "pos" else ["pos"]), *[config.under] * steered]
+        tasks = [t for system in conditions for t in tasks_under(artifacts, system, config.n_samples, config.max_questions)]
+        parts.append((artifacts, tasks))
+    return plan_answers(config, parts)
+
+
+# --------------------------------------------------------------------------------------------------------------- what is given
+def _check(config: FeatureSteerConfig) -> None:
+    for name, allowed in (("mode", MODES), ("unit", FEATURE_UNITS), ("under", UNDER), ("positions", POSITIONS)):
+        if getattr(config, name) not in allowed:
+            raise UserError(f"{name} {getattr(config, name)!r} of features", f"one of {', '.join(allowed)}")
+    if not config.coefs or not all(math.isfinite(coef) for coef in config.coefs):
+        raise UserError(f"coefs are {list(config.coefs)}", "at least one strength, all of them finite")
+    if len(set(config.coefs)) < len(config.coefs):
+        raise UserError(f"coefs are {list(config.coefs)}", "each strength once")
+    if len(config.blocks) > 1:
+        raise UserError(f"blocks {list(config.blocks)} for features", "one block at most", "a dictionary is of one block")
+    if config.n_random < 0 or config.activity_tokens < 1:
+        raise UserError(f"n_random is {config.n_random}, activity_tokens is {config.activity_tokens}", "0 or more, 1 or more")
+    if config.prefilter is not None and config.prefilter < 1:
+        raise UserError(f"prefilter is {config.prefilter}", "how many features to keep, at least 1")
+    if not parse(config.features):
+        raise UserError("no feature is given", "--feature SAE:INDEX")
+
+
+def _vectors(config: FeatureSteerConfig, trait: str, model: ChatModel, features: Sequence[Feature]) -> PersonaVectors:
+    assert config.vectors is not None
+    found = open_vectors(config.vectors, trait, model, config.statistic)
+    for feature in features:
+        if not found.direction(feature.block, config.statistic).norm > 0:
+            raise UserError(f"{config.statistic} of {trait!r} is zero at block {feature.block}", "a vector that points somewhere")
+    return found
+
+
+def _pin(
+    folder: RunDir,
+    model: ChatModel,
+    traits: Sequence[TraitArtifacts],
+    vectors: dict[str, PersonaVectors],
+    features: Sequence[Feature],
+) -> None:
+    from pvsae.stages.sae_eval import _digest
+
+    pin_inputs(folder, model, traits, vectors, {f"dictionary {f.sae.ref}": _digest(f.sae) for f in features})
+
+
+# --------------------------------------------------------------------------------------------------- what strengths mean
+def _activity(
+    config: FeatureSteerConfig, folder: RunDir, model: ChatModel, features: Sequence[Feature]
+) -> dict[str, LatentActivity]:
+    """Counts by dictionary (its ref): those that the run remembers, else of a given run, else on the dictionary's own text."""
+    out: dict[str, LatentActivity] = {}
+    for sae, block in {f.sae.ref: (f.sae, f.block) for f in features}.values():
+
+        def compute(sae: SAE = sae, block: int = block) -> LatentActivity | None:
+            return count(sae, model, block, config.activity, config.activity_tokens, "highest activations")
+
+        def again(sae: SAE = sae) -> LatentActivity:
+            found = compute()
+            if found is None:
+                raise UserError(f"the counts of {sae.ref} in {folder.path} are damaged", "a whole run folder", "delete it")
+            return found
+
+        found = kept(folder, sae, again) if is_kept(folder, sae) else compute()
+        if found is not None:
+            out[sae.ref] = found
+    return out
+
+
+def _measured(feature: Feature, found: LatentActivity, config: FeatureSteerConfig) -> Feature:
+    """The feature with its highest activation and density. UserError where it has none and a strength or a control needs it."""
+    needed = config.n_random > 0 or (config.unit == "max" and config.mode != "ablate")
+    maximum = found.maximum(feature.index) if needed else float(found.max[feature.index])
+    return replace(feature, sae=found.sae, maximum=maximum, density=float(found.density[feature.index]))
+
+
+def _output_scores(config: FeatureSteerConfig, folder: RunDir, model: ChatModel, features: Sequence[Feature]) -> pd.DataFrame:
+    """Output scores of all features, the highest first; `kept` marks those that pass the prefilter."""
+    from pvsae.saes.output_score import output_scores
+
+    def compute() -> pd.DataFrame:
+        parts = []
+        for sae in {f.sae.ref: f.sae for f in features}.values():
+            some = {f.index: f for f in features if f.sae.ref == sae.ref}
+            block = next(iter(some.values())).block
+            part = output_scores(sae, model, list(some), prefix=config.prefix, block=block, progress="output scores")
+            part.insert(0, "feature", [some[i].name for i in part["latent"]])
+            parts.append(part)
+        table = pd.concat(parts).sort_values("output_score", ascending=False, kind="stable", ignore_index=True)
+        return table.assign(kept=[i < (config.prefilter or 0) for i in range(len(table))])
+
+    return folder.do_table("output_scores", compute)
+
+
+# ----------------------------------------------------------------------------------------------------------------- conditions
+def _conditions(
+    config: FeatureSteerConfig,
+    features: Sequence[Feature],
+    activity: dict[str, LatentActivity],
+    vectors: PersonaVectors | None,
+    trait: str,
+) -> Iterator[_Condition]:
+    """Everything that is measured, unsteered first."""
+    yield _Condition("unsteered", config.under)
+    if config.under != "pos":
+        yield _Condition("prompt pos", "pos")
+    strengths = (1.0,) if config.mode == "ablate" else config.coefs
+    for feature in features:
+        for coef in strengths:
+            yield _of_feature(config, FEATURE, feature, feature, coef, "-")
+    if config.together and len(features) > 1:
+        for coef in strengths:
+            yield _all_at_once(config, features, coef)
+    for feature in features:
+        found, given = activity[feature.sae.ref], [f.index for f in features if f.sae.ref == feature.sae.ref]
+        seed = zlib.crc32(f"{config.seed}/{feature.name}".encode())
+        for index in found.equals_of(feature.index, config.n_random, seed, without=given) if config.n_random else ():
+            other = replace(
+                feature, name=str(index), index=index, maximum=float(found.max[index]), density=float(found.density[index])
+            )
+            for coef in strengths:
+                yield _of_feature(config, RANDOM_FEATURE, other, feature, coef, feature.name)
+        for k in range(config.n_random):
+            generator = torch.Generator().manual_seed(seed + 1 + k)
+            values = torch.randn(feature.sae.d_model, generator=generator)
+            for coef in strengths:
+                yield _of_direction(config, RANDOM_DIRECTION, str(k), values, feature, coef)
+        if vectors is not None:
+            values = vectors.direction(feature.block, config.statistic).values
+            for coef in strengths:
+                yield _of_direction(config, VECTOR, trait, values, feature, coef)
+
+
+def _of_feature(config: FeatureSteerConfig, name: str, steered: Feature, like: Feature, coef: float, of: str) -> _Condition:
+    """A feature at the length that `like` adds at this strength; for a feature of interest that is itself."""
+    raw, length = _strength(config, like, coef)
+    if steered is not like and config.mode != "ablate":
+        raw *= like.norm / max(steered.norm, 1e-12)
+    edits = steered.edits(config.mode, raw, config.positions)
+    return _Condition(
+        name, config.under, steered.name, of, steered.block, coef, raw, length, steered.density, edits
+    )  # fmt: skip
+
+
+def _of_direction(
+    config: FeatureSteerConfig, name: str, which: str, values: torch.Tensor, like: Feature, coef: float
+) -> _Condition:
+    """A direction at the length that `like` adds, in its sign; taken out of the residual where features are ablated."""
+    from pvsae.models import Ablate, Add, Direction
+
+    raw, length = _strength(config, like, coef)
+    unit = Direction(values / values.norm(), f"{name} {which}")
+    edit: Intervention = (
+        Ablate(unit, like.block, config.positions)
+        if config.mode == "ablate"
+        else Add(unit, like.block, math.copysign(length, raw), config.positions)
+    )
+    of_vector = math.copysign(length / float(values.norm()), raw) if name == VECTOR else math.nan
+    return _Condition(name, config.under, which, like.name, like.block, coef, of_vector, length, math.nan, (edit,))
+
+
+def _all_at_once(config: FeatureSteerConfig, features: Sequence[Feature], coef: float) -> _Condition:
+    edits = tuple(e for f in features for e in f.edits(config.mode, _strength(config, f, coef)[0], config.positions))
+    name = "+".join(f.name for f in features) if len(features) <= 4 else f"{len(features)} features"
+    blocks = {f.block for f in features}
+    block: int | str = next(iter(blocks)) if len(blocks) == 1 else "several"
+    return _Condition(TOGETHER, config.under, name, "-", block, coef, math.nan, math.nan, math.nan, edits)
+
+
+def _strength(config: FeatureSteerConfig, feature: Feature, coef: float) -> tuple[float, float]:
+    """(activation units, length of what is added) of a strength."""
+    if config.mode == "ablate":
+        return 0.0, 0.0
+    raw = feature.raw(coef, config.unit)
+    return raw, abs(raw) * feature.norm
+
+
+class _Sweep:
+    """Generates, judges and remembers each condition as a step of the run, and gathers rows and answers."""
+
+    def __init__(self, config: FeatureSteerConfig, folder: RunDir, model: ChatModel, judge: Judge) -> None:
+        self.config, self.folder, self.model, self.judge = config, folder, model, judge
+        self.rows: list[dict[str, Any]] = []
+        self.answers: list[Rollouts] = []
+        self.prompts: list[dict[str, str]] = []
+        self.examples: list[dict[str, str]] = []
+
+    def judged(self, artifacts: TraitArtifacts, condition: _Condition) -> Rollouts:
+        config = self.config
+        tasks = tasks_under(artifacts, condition.system, config.n_samples, config.max_questions)
+        return judged_answers(
+            config, self.folder, self.model, self.judge, artifacts, step=f"{artifacts.name}/{condition.slug}",
+            condition=condition.name, tasks=tasks, edits=condition.edits,
+        )  # fmt: skip
+
+    def counted_on_answers(self, feature: Feature, artifacts: TraitArtifacts) -> LatentActivity:
+        """Counts on the unsteered answers to a trait's questions, prompts included."""
+        table = self.judged(artifacts, _Condition("unsteered", self.config.under)).table
+        ids = [(*p, *a) for p, a in zip(table["prompt_ids"], table["answer_ids"], strict=True)]
+        rows: list[TokenRow] = token_rows(self.model, ids)
+        found = activity_of_text(
+            feature.sae, self.model, feature.block, self.config.activity_tokens, rows=rows,
+            source=f"unsteered answers to the questions of {artifacts.name}",
+        )  # fmt: skip
+        assert found is not None
+        return found
+
+    def row(self, artifacts: TraitArtifacts, condition: _Condition) -> None:
+        rollouts = self.judged(artifacts, condition)
+        config, trait = self.config, artifacts.name
+        steered = bool(condition.edits)
+        self.rows.append(
+            {
+                "trait": trait, "condition": condition.name, "feature": condition.feature, "of": condition.of,
+                "coef": condition.coef, "block": condition.block, "mode": config.mode if steered else "-", "unit": config.unit,
+                "raw": condition.raw, "length": condition.length, "density": condition.density,
+                "positions": config.positions if steered else "-", "under": condition.system,
+                **score_columns(trait, rollouts, config.seed),
+            }
+        )  # fmt: skip
+        self.answers.append(rollouts)
+        first = rollouts.table.iloc[0]
+        self.examples.append({"label": f"{trait}, {condition.slug}: {first['question']}", "text": first["answer"]})
+        if not steered:
+            self.prompts.append({"label": f"{trait}, {condition.name}", "text": first["prompt"]})
+
+
+def _summary(
+    config: FeatureSteerConfig,
+    table: pd.DataFrame,
+    verdicts: pd.DataFrame,
+    sources: dict[str, str],
+    judge: Judge,
+    sweep: _Sweep,
+) -> dict[str, Any]:
+    unit = "multiples of the highest activation" if config.unit == "max" else "activation units"
+    headline: list[dict[str, Any]] = [{"label": "judge", "value": judge.name}]
+    for (trait, feature), part in table[table["condition"] == FEATURE].groupby(["trait", "feature"], sort=False):
+        plain = table.loc[(table["trait"] == trait) & (table["condition"] == "unsteered"), "trait_score"].iloc[0]
+        found = verdicts[(verdicts["trait"] == trait) & (verdicts["feature"] == feature) & (verdicts["condition"] == FEATURE)]
+        value = f"{plain:.0f} to {part['trait_score'].max():.0f}"
+        if len(found) and found["facet"].notna().iloc[0]:
+            one = found.iloc[0]
+            value += (
+                f"; {one['facet']} {one['unsteered']:.0f} to {one['score']:.0f} at {one['coef']:g}, the other facets at most "
+                f"{one['runner_up']:.0f} (coherence {one['coherence']:.0f})"
+            )
+        headline.append({"label": f"{trait}, feature {feature}", "value": value})
+    verb = {"add": "was added to", "clamp": "was clamped in", "ablate": "was ablated from"}[config.mode]
+    about = (
+        f"One feature of a dictionary at a time {verb} the residual stream while the model answered the evaluation questions. "
+        "Controls have the length that the feature adds; random features are active as often as it is."
+    )
+    if config.mode != "ablate":
+        about += f" Strengths are in {unit}."
+    notes = [f"Highest activations and densities of {ref}: {source}." for ref, source in sources.items()]
+    if not len(verdicts):
+        notes.append("The judge's evidence names no facets, so there is no table of them.")
+    if config.vectors is None:
+        notes.append("No persona vector was given, so there is no control with the whole vector.")
+    return {
+        "title": "Steering with single features",
+        "about": about,
+        "headline": headline,
+        "notes": notes,
+        "activity": sources,
+        "failures": failures(table),
+        "prompts": sweep.prompts,
+        "examples": sweep.examples,
+    }
