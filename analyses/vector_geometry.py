@@ -129,7 +129,8 @@ def main() -> None:
         check(f"traits that have a {space} representation", float(np.isfinite(np.diag(table)).sum()), f">= {len(traits)}")
         for space, table in tables.items()
     ]
-    checks += [check(f"Pearson r with the residual stream, {space}", r, ">= 0.5") for space, r in agreement.items()]
+    if len(traits) > 3:  # a correlation of fewer than six cosines says nothing; of pursuits nothing is expected
+        checks.append(check("Pearson r with the residual stream, difference of encodings", agreement[SPACES[1]], ">= 0.5"))
     details = {
         space: {"cosines": table.to_dict(), "mean off the diagonal": float(upper[space].mean())}
         for space, table in tables.items()

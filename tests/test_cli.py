@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tests.saes.corpora import write_texts
 
 COMMANDS = [
     "demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "decompose", "report",
-    "sae train", "sae eval", "sae list", "chat",
+    "sae train", "sae eval", "sae list", "sae features", "chat",
 ]  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def test_every_command_has_help_with_examples_that_parse(name: str, capsys) -> N
     examples = [line.split("   ")[0].strip() for line in (e.strip() for e in examples) if line]
     assert examples
     for example in examples:
+        example = re.sub(r"^torchrun( --\S+ \S+)* -m ", "", example)
         assert example.startswith(f"pvsae {name}")
         build_parser().parse_args(example.split()[1:])
 

@@ -35,6 +35,7 @@ def save(folder: Path, step: int, state: dict[str, Any], learners: list[dict[str
     if grid.width.size == 1:
         if grid.everyone.rank == 0:
             _write(folder / FILE, {**state, "learners": learners})
+            _remove_shards(folder)  # what a run that was killed in its first checkpoint, or while it was removed, left there
         return
     if grid.data.rank:
         return

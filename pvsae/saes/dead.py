@@ -103,7 +103,7 @@ def add_gradients(
     """
     W_enc, W_dec, b_enc = parameters
     n, tokens = len(centred), len(centred) * grid.data.size
-    every = min(MOST_DEAD, math.ceil(dead.total / aux_k))
+    every = min(MOST_DEAD, math.ceil(dead.total / aux_k), tokens)
     first = (dead.turn - grid.data.rank * n) % every
     before = (grid.data.rank * n + first) // every  # tokens of processes before this one that are taken
     centred, error = centred[first::every], error[first::every]

@@ -42,7 +42,7 @@ class Fused:
             changes: how many of its usual changes the threshold may fall before the guess fails.
         """
         it, grid = self.learner, self.learner.grid
-        n_keep, n_all = round(k * len(x) * grid.data.size), grid.everyone.size
+        n_keep, n_all = max(1, round(k * len(x) * grid.data.size)), grid.everyone.size
         weight = self._weight()
         centred = (x - it.b_dec).to(weight.dtype)
         low = None if it.guess is None else self._on_device(it.guess) * (1 - changes * self._on_device(it.change)).clamp(min=0.8)

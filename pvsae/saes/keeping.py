@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float16, Float32, Float64, Int, Int32, Int64
 
 from pvsae.errors import UserError
 
+AT_ONCE = 16_384  # slots whose cells are looked at together
 FIELDS = ("key", "value", "document", "row", "position", "strip")
 
 
@@ -77,30 +78,45 @@ class Kept:
             strip_of: indices into `offers` -> values around those places, over the value there; asked for what is kept alone.
         """
         hopeful = np.flatnonzero(offers.key <= self.worst[offers.slot])
-        if not len(hopeful):
-            return
-        new = offers.take(hopeful)
-        touched, inverse = np.unique(new.slot, return_inverse=True)
-        held, cell = np.nonzero(np.isfinite(self.key[touched]))
-        old = Offers(
-            held, *(getattr(self, name)[touched[held], cell] for name in ("key", "value", "document", "row", "position"))
-        )
-        both = Offers(*(np.concatenate(pair) for pair in zip(old, new._replace(slot=inverse), strict=True)))
-        origin = np.concatenate([-1 - cell, np.arange(len(hopeful))])  # below 0: a cell that is held already
-        kept = _best(both, self.size)
-        both, origin = both.take(kept), origin[kept]
-        stays = origin < 0
-        used = np.zeros((len(touched), self.size), dtype=bool)
-        used[both.slot[stays], -1 - origin[stays]] = True
-        self.key[touched] = np.where(used, self.key[touched], np.inf)
-        fresh, of = both.take(~stays), origin[~stays]
-        if len(of):
-            free = np.argsort(used, axis=1, kind="stable")[fresh.slot, _rank(fresh.slot)]
-            at = touched[fresh.slot], free
-            for name in ("key", "value", "document", "row", "position"):
-                getattr(self, name)[at] = getattr(fresh, name)
-            self.strip[at] = strip_of(hopeful[of])
-        self.worst[touched] = self.key[touched].max(axis=1)
+        hopeful = hopeful[np.argsort(offers.slot[hopeful], kind="stable")]
+        rank = _rank(offers.slot[hopeful])
+        cells, of = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for turn in range(int(rank.max(initial=-1)) + 1):  # one place of each slot at a time
+            mine = hopeful[rank == turn]
+            for start in range(0, len(mine), AT_ONCE):
+                some = mine[start : start + AT_ONCE]
+                cell, taken = self._put(offers.take(some))
+                cells.append(cell)
+                of.append(some[taken])
+        # A cell may have been written more than once; the last one counts.
+        cell, at = np.concatenate(cells)[::-1], np.concatenate(of)[::-1]
+        cell, last = np.unique(cell, return_index=True)
+        if len(cell):
+            self.strip.reshape(-1, self.width)[cell] = strip_of(at[last])
+
+    def _put(self, new: Offers) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+        """Puts places of distinct slots where they belong; the cells (counted over all slots) and indices of those that stay."""
+        slot, each = new.slot, np.arange(len(new.slot))
+        keys, documents = self.key[slot], self.document[slot]
+        same = documents == new.document[:, None]
+        again = same.any(axis=1)
+        last = np.where(keys == keys.max(axis=1, keepdims=True), documents, -2).argmax(axis=1)
+        cell = np.where(again, same.argmax(axis=1), last)
+        # A document is compared with itself by place, with others by number, where keys are equal.
+        mine = (new.key, np.where(again, new.row, new.document), np.where(again, new.position, 0))
+        row, position = self.row[slot, cell], self.position[slot, cell]
+        other = (keys[each, cell], np.where(again, row, documents[each, cell]), np.where(again, position, 0))
+        better = mine[0] < other[0]
+        equal = mine[0] == other[0]
+        for a, b in zip(mine[1:], other[1:], strict=True):
+            better |= equal & (a < b)
+            equal &= a == b
+        taken = np.flatnonzero(better)
+        slot, cell = slot[taken], cell[taken]
+        for name in ("key", "value", "document", "row", "position"):
+            getattr(self, name)[slot, cell] = getattr(new, name)[taken]
+        self.worst[slot] = self.key[slot].max(axis=1)
+        return slot * np.int64(self.size) + cell, taken
 
     def best(self, slot: int) -> Int[np.ndarray, " n"]:
         """The cells of a feature that hold something, best first."""
@@ -116,17 +132,6 @@ class Kept:
         for name in FIELDS:
             getattr(self, name)[...] = state[name]
         self.worst[:] = self.key.max(axis=1)
-
-
-def _best(offers: Offers, size: int) -> Int[np.ndarray, " kept"]:
-    """Indices of the best place in each document of the `size` best documents of each slot, slot by slot."""
-    order = np.lexsort((offers.position, offers.row, offers.key, offers.document, offers.slot))
-    slot, document = offers.slot[order], offers.document[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = (slot[1:] != slot[:-1]) | (document[1:] != document[:-1])
-    order = order[first]
-    order = order[np.lexsort((offers.document[order], offers.key[order], offers.slot[order]))]
-    return order[_rank(offers.slot[order]) < size]
 
 
 def _rank(slot: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

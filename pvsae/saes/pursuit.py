@@ -82,7 +82,9 @@ class Atoms:
         self._columns: dict[int, Float[Tensor, " d_sae"]] = {}
         self.norms = torch.empty(len(rows), device=rows.device)
         for some in self._chunks():
-            self.norms[some] = torch.linalg.vector_norm(self._read(some), dim=1)
+            found = self._read(some)
+            # A transposed view (of dictionary_learning's files) is summed the way it lies: a fifth of the time.
+            self.norms[some] = torch.linalg.vector_norm(found, dim=1) if found.is_contiguous() else found.T.square().sum(0).sqrt()
         if not bool(torch.isfinite(self.norms).all()):
             bad = int((~torch.isfinite(self.norms)).nonzero()[0])
             raise UserError(f"decoder row {bad} has values that are NaN or infinite", "finite rows", "the file is damaged")

@@ -195,15 +195,15 @@ class Learner:
 
         Whatever threshold is guessed first, the result is the same: too few survivors, and the guess is lowered.
         """
-        n_keep = round(k * len(x) * self.grid.data.size)
+        n_keep = max(1, round(k * len(x) * self.grid.data.size))
         dtype = torch.float32 if self.product_dtype is torch.int8 else self.product_dtype
         centred, weight = (x - self.b_dec).to(dtype), self.W_enc.to(dtype)
         guess, change = None if self.guess is None else float(self.guess), float(self.change)
         low = self._estimate(centred, weight, k) if guess is None else guess * max(0.8, 1 - GUESS_CHANGES * change)
         while True:
-            index, value, n_screened = self._survivors(centred, weight, low)
+            index, value, n_screened = self._survivors(centred, weight, low, int(MOST_SCREENED * n_keep))
             found, screened = map(int, self.grid.everyone.sum_scalars([len(value), n_screened]))
-            if screened > MOST_SCREENED * max(found, n_keep):
+            if screened > MOST_SCREENED * n_keep:
                 self.rest = SCREEN_REST
             if found >= n_keep or low <= 0:
                 break
@@ -215,16 +215,21 @@ class Learner:
             return Sparse(empty, empty, torch.zeros(0, device=x.device)), 0.0
         threshold, n_ties = self.grid.largest(index, value, min(n_keep, found), len(x), self.d_sae)
         if guess:
-            self.change = change + 0.1 * (abs(threshold / guess - 1) - change)
+            self.change = change + 0.1 * (min(1.0, abs(threshold / guess - 1)) - change)
         self.guess = threshold
         return kernels.keep_largest(index, value, threshold, n_ties, self.d_sae), threshold
 
-    def _survivors(self, centred: Tensor, weight: Tensor, low: float) -> tuple[Tensor, Tensor, int]:
-        """Pre-activations above `low`, screened in int8 first where that is worth it, and how many passed the screen."""
+    def _survivors(self, centred: Tensor, weight: Tensor, low: float, most: int) -> tuple[Tensor, Tensor, int]:
+        """Pre-activations above `low`, screened in int8 first where that is worth it, and how many passed the screen: at most
+        `most`, or one more where it was given up."""
+        passed = 0
         if self.product_dtype is torch.int8 and low > 0 and not self.rest:
-            return screen.survivors(centred, weight, self.b_enc, low)
+            found = screen.survivors(centred, weight, self.b_enc, low, most)
+            if found is not None:
+                return found
+            passed = self.grid.everyone.size * most + 1  # enough for the joint sum, so that all processes rest
         self.rest = max(0, self.rest - 1)
-        return *self.kernels.survivors(centred, weight, self.b_enc, low), 0
+        return *self.kernels.survivors(centred, weight, self.b_enc, low), passed
 
     def _estimate(self, centred: Tensor, weight: Tensor, k: float) -> float:
         """A threshold that somewhat more than k pre-activations a token pass, from a few tokens."""
@@ -250,9 +255,9 @@ class Learner:
         grid.width.sum_((error,))
         error.sub_(centred)
         total = centred.sum(0)
-        spread = torch.linalg.vector_norm(centred).double() ** 2
+        spread = _squared(centred)
         grid.data.sum_((total,))
-        squared = torch.linalg.vector_norm(error).double() ** 2
+        squared = _squared(error)
         variance = spread - total.square().sum().double() * scale / 2 / grid.data.size
         # G is scale * error; as it enters linearly, the scale may wait for the pairs, which are fewer.
         of_value = self.kernels.value_grads(kept, error, self.W_dec).mul_(scale)
@@ -307,6 +312,11 @@ class Learner:
         self.threshold_mean, self.threshold_weight = state["threshold_mean"], state["threshold_weight"]
         if self.fused:
             self.fused.steps = None
+
+
+def _squared(x: Float[Tensor, "n d_model"]) -> Float[Tensor, ""]:
+    """Sum of squares in fp64. A norm over everything would add up millions of numbers in fp32."""
+    return torch.linalg.vector_norm(x, dim=1).double().square().sum()
 
 
 def _stats(read: Callable[[], list[float]], tokens: int, n_dead: int) -> StepStats:

@@ -362,7 +362,7 @@ class Outline:
 def plan(config: DecomposeConfig) -> Outline:
     """What a run would read, generate and judge; opens vectors and dictionary, loads no model. UserError as `run`."""
     from pvsae.stages.causal import Part, conditions
-    from pvsae.stages.steer import tasks_under
+    from pvsae.stages.sweep import tasks_under
 
     job = prepare(config)
     config, sae = job.config, job.sae

@@ -270,3 +270,12 @@ def test_the_kth_smallest_key(bits: int, n: int) -> None:
         wanted = int(keys.sort().values[k - 1])
         assert int(found) == wanted
         assert int(left) == k - int((keys < wanted).sum())
+
+
+def test_shards_that_a_killed_run_left_do_not_spoil_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.3.1of2.pt").write_bytes(b"")
+    checkpoint.save(tmp_path, 5, {"done": 5}, [{}], SINGLE)
+    checkpoint.check(tmp_path, 1)
+    state = checkpoint.load(tmp_path, SINGLE)
+    assert state is not None
+    assert state["done"] == 5

@@ -53,7 +53,7 @@ training:
   tokens: 5_120
   batch: 256
   log_every: 2
-  step: {product: float32}
+  step: {{product: float32}}
   calibration_tokens: 500
 """
     )

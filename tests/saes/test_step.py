@@ -202,3 +202,17 @@ def test_kernels_are_chosen_by_device_and_wish() -> None:
     if not triton.available():
         with pytest.raises(UserError, match="no Triton kernels here"):
             learner(kernels="triton")
+
+
+def test_sums_of_squares_of_millions_of_numbers_are_exact() -> None:
+    made, x = learner(d=512, f=16), tokens(4096, 512)
+    kept, _ = made.select(x, 2)
+    _, sums = made.gradients(x, kept, dead_of(made))
+    assert float(sums[1]) == pytest.approx(float((x.double() - x.double().mean(0)).square().sum()), rel=1e-6)
+
+
+def test_a_batch_of_fewer_tokens_than_there_are_turns_of_dead_latents() -> None:
+    made = learner(aux_k=2)
+    made.silent_for[:60] = made.config.dead_after
+    for n in (2, 3, 1):
+        assert made.step(tokens(n), 4, 1e-3).n_dead > 0

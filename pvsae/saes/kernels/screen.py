@@ -9,7 +9,7 @@ in the bias, a byte is not 0 where the pair may pass. Those pairs alone are comp
 
 Rounding x to steps of s and a latent's weights w to steps of r puts an error on their product whose standard deviation is
 sqrt((s^2 |w|^2 + r^2 |x|^2) / 12). A pair passes the screen up to SIGMAS of them below the threshold, so that of the pairs
-that lie at the threshold itself one in 3 million is left out.
+that lie at the threshold itself one in 3 million is left out, as far as roundings have nothing to do with each other.
 
 To keep both roundings small, dimensions are balanced before: x is divided and W multiplied by sqrt(rms of x / rms of W) of each
 dimension (Xiao et al. 2022, arXiv 2211.10438), and tokens that are far larger than most go through fp32.
@@ -54,17 +54,25 @@ def available() -> bool:
 
 
 def survivors(
-    x: Float[Tensor, "batch d_model"], W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], low: float
-) -> Found:
-    """Pre-activations x @ W_enc.T + b_enc above `low`, which must be above 0."""
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    low: float,
+    most: int | None = None,
+) -> Found | None:
+    """Pre-activations x @ W_enc.T + b_enc above `low`, which must be above 0; None if more than `most` pass the screen, or if a
+    quarter of the tokens would go through fp32 besides: then the plain product is the cheaper one."""
     batch, d_sae = len(x), len(W_enc)
     balance = _balance(x, W_enc)
     tokens, step, length, wild = _tokens(x, balance)
+    if most is not None and len(wild) > batch // 4:
+        return None
     packed = torch.ops.onednn.qlinear_prepack(tokens, [min(ROWS, d_sae), tokens.shape[1]])
     ones, zeros = torch.ones(batch), torch.zeros(batch, dtype=torch.int32)
     rows = torch.empty(min(ROWS, d_sae), tokens.shape[1] - BIAS)
     latents = torch.empty(len(rows), tokens.shape[1], dtype=torch.int8)
-    parts = []
+    parts: list[Tensor] = []
+    n_passed = 0
     for start in range(0, d_sae, ROWS):
         some = slice(start, min(start + ROWS, d_sae))
         n = some.stop - start
@@ -76,6 +84,9 @@ def survivors(
         if len(wild):
             passed[:, wild] = (torch.addmm(b_enc[some], x[wild], W_enc[some].T) > low).T.to(torch.uint8)
         parts.append(_nonzero(passed) + start * batch)
+        n_passed += len(parts[-1])
+        if most is not None and n_passed > most:
+            return None
     pair = torch.cat(parts)
     latent = torch.div(pair, batch, rounding_mode="floor")
     value = eager.value_grads(eager.Sparse(latent, pair - latent * batch, pair), W_enc, x) + b_enc[latent]

@@ -95,3 +95,19 @@ def test_a_screen_that_lets_too_much_pass_rests_and_its_rest_is_part_of_the_stat
     other = Learner(96, 512, StepConfig(), product_dtype=torch.int8)
     other.restore(made.state())
     assert (other.rest, other.change, other.guess) == (made.rest, made.change, made.guess)
+
+
+def test_a_screen_that_lets_too_much_pass_gives_up_before_it_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations("plain")
+    W, b = weights(x, 640)
+    n = screen.survivors(x, W, b, 1.0).n_screened
+    monkeypatch.setattr(eager, "value_grads", lambda *_: pytest.fail("computed"))
+    assert screen.survivors(x, W, b, 1.0, most=n - 1) is None
+
+
+@pytest.mark.parametrize(("n", "d", "f"), [(1, 6, 18), (3, 5, 7), (2, 1, 1), (1, 896, 64)])
+def test_small_and_crooked_shapes(n: int, d: int, f: int) -> None:
+    x = activations("plain", n, d)
+    W, b = weights(activations("plain", 50, d), f)
+    for low in (0.3, 1e9):
+        assert torch.equal(screen.survivors(x, W, b, low).flat, eager.survivors(x, W, b, low)[0])
