@@ -50,7 +50,7 @@ class SaeTrainResult:
 
     Attributes:
         folders: name -> its folder.
-        table: a row a dictionary: name, block, d_sae, k, seed, tokens, and fvu, l0, dead latents and threshold at the end.
+        table: a row a dictionary: name, block, d_sae, k, seed, tokens, fvu, l0, dead latents at the end, and its threshold.
         path: the run's folder.
     """
 
