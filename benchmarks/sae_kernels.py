@@ -73,7 +73,7 @@ class Problem:
         self.kept, threshold = kernels.encode_select(self.x16, self.W16, self.b_enc, self.n_keep)
         self.threshold = float(threshold)
         self.grad = 2 / shape.batch * (eager.decode(self.kept, self.W_dec, shape.batch) - self.x)
-        self.of_value = eager.value_grads(self.kept, self.grad, self.W_dec)
+        self.of_value = eager.dots(self.kept.token, self.kept.latent, self.grad, self.W_dec)
         self.mean, self.square = torch.zeros_like(self.W_dec), torch.zeros_like(self.W_dec)
         self.optimiser = torch.optim.Adam([self.W_dec], lr=1e-4, fused=True)
 
@@ -98,15 +98,15 @@ class Problem:
         return kernels.decode(self.kept, self.W_dec, self.shape.batch)
 
     def _value_grads_eager(self) -> Tensor:
-        return eager.value_grads(self.kept, self.grad, self.W_dec)
+        return eager.dots(self.kept.token, self.kept.latent, self.grad, self.W_dec)
 
     def _value_grads_triton(self) -> Tensor:
         return kernels.value_grads(self.kept, self.grad, self.W_dec)
 
     def _weight_grads_eager(self) -> tuple[Tensor, ...]:
         at = eager.by_latent(self.kept, self.shape.latents)
-        dec = eager.weight_grads(at, self.kept.value, self.grad)
-        enc = eager.weight_grads(at, self.of_value, self.x)
+        dec = eager.weight_grads(at, self.kept.value[at.order], self.grad)
+        enc = eager.weight_grads(at, self.of_value[at.order], self.x)
         bias, along = (
             torch.bincount(self.kept.latent, weights, minlength=self.shape.latents).float()
             for weights in (self.of_value, self.of_value * self.kept.value)

@@ -38,10 +38,7 @@ class Gradients:
 
     def norm(self, grid: Grid) -> Float[Tensor, ""]:
         """Norm over all parameters of all shards, after `sum_`."""
-        norms = torch.stack(torch._foreach_norm(self.tensors()))
-        if grid.width.size == 1 and self.along is None:
-            return norms.norm()
-        squares = norms.double().square()
+        squares = torch.stack([squared(t) for t in self.tensors()])
         if self.along is not None:  # rows of W_dec have norm 1
             squares[1] = (squares[1] - self.along.double().square().sum()).clamp_min(0)
         # One sum over all processes, in which each number counts once: sums of two rows might differ in their last bits.
@@ -49,3 +46,8 @@ class Gradients:
         total = shard + shared
         grid.everyone.sum_((total,))
         return total.sqrt().float()
+
+
+def squared(x: Float[Tensor, "... d"]) -> Float[Tensor, ""]:
+    """Sum of squares in fp64, of rows in fp32. A norm of all of it would add up millions of numbers in fp32."""
+    return torch.linalg.vector_norm(x, dim=-1).double().square().sum() if x.dim() > 1 else x.double().square().sum()

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pvsae.saes import dead, kernels
 from pvsae.saes.fused import Fused
-from pvsae.saes.gradients import Gradients
+from pvsae.saes.gradients import Gradients, squared
 from pvsae.saes.grid import SINGLE, Grid
 from pvsae.saes.initial import unit_rows_
 from pvsae.saes.kernels import Sparse, screen
@@ -58,9 +58,8 @@ class StepConfig:
         threshold_decay: decay a step of the running mean of the smallest kept activation.
         betas, eps: Adam's.
         kernels: "eager", "triton", or "auto": Triton's on a GPU.
-        product: how the encoder's product is made: "float32", "bfloat16", "int8" (exact for what may be kept), or "auto": the
-            device's fastest. With float32 everything is fp32, and processes agree with one process up to the order of sums; with
-            less, rows that sums are taken of are read as bf16 on a CPU, and each process rounds its own sums.
+        product: how the encoder's product is made: "float32", "bfloat16", "int8" (on CPUs; what may be kept is exact all the
+            same), or "auto": the device's fastest. Everything else is fp32.
     """
 
     aux_coef: float = 1 / 32
@@ -251,22 +250,18 @@ class Learner:
         grid, config = self.grid, self.config
         scale = 2 / (len(x) * grid.data.size)
         centred = x - self.b_dec
-        error = self.kernels.decode(kept, self._read(self.W_dec), len(x))
+        error = self.kernels.decode(kept, self.W_dec, len(x))
         grid.width.sum_((error,))
         error.sub_(centred)
         total = centred.sum(0)
-        spread = _squared(centred)
+        spread = squared(centred)
         grid.data.sum_((total,))
-        squared = _squared(error)
+        missed = squared(error)
         variance = spread - total.square().sum().double() * scale / 2 / grid.data.size
-        # G is scale * error; as it enters linearly, the scale may wait for the pairs, which are fewer.
-        of_value = self.kernels.value_grads(kept, error, self.W_dec).mul_(scale)
-        W_enc, W_dec, b_enc, along = self.kernels.latent_grads(
-            kept, of_value, self._read(error), self._read(centred), scale, self.d_sae, *memory
-        )
+        W_enc, W_dec, b_enc, along = self.kernels.latent_grads(kept, self.W_dec, error, centred, scale, *memory)
         direct = error.sum(0).mul_(scale) if grid.width.rank == 0 else torch.zeros_like(self.b_dec)  # once a row
         out = Gradients(W_enc, W_dec, b_enc, direct - b_enc @ self.W_enc)
-        aux = torch.zeros_like(squared)
+        aux = torch.zeros_like(missed)
         if dying.total and config.aux_coef:
             weights, coef = (self.W_enc, self.W_dec, self.b_enc), config.aux_coef
             aux = dead.add_gradients(out, along, weights, centred, error, dying, self.aux_k, coef, grid)
@@ -274,11 +269,7 @@ class Learner:
             out.along = along  # Adam's kernel takes it away
         else:
             out.W_dec.addcmul_(along[:, None], self.W_dec, value=-1)
-        return out, torch.stack([squared, variance, aux])
-
-    def _read(self, rows: Tensor) -> Tensor:
-        """Rows as they are read for sums of them: those take as long as reading takes."""
-        return rows.bfloat16() if rows.device.type == "cpu" and self.product_dtype is not torch.float32 else rows
+        return out, torch.stack([missed, variance, aux])
 
     def _update(self, gradients: Gradients, norm: float, lr: float) -> None:
         """Adam with the clipped gradients; decoder rows back to norm 1."""
@@ -312,11 +303,6 @@ class Learner:
         self.threshold_mean, self.threshold_weight = state["threshold_mean"], state["threshold_weight"]
         if self.fused:
             self.fused.steps = None
-
-
-def _squared(x: Float[Tensor, "n d_model"]) -> Float[Tensor, ""]:
-    """Sum of squares in fp64. A norm over everything would add up millions of numbers in fp32."""
-    return torch.linalg.vector_norm(x, dim=1).double().square().sum()
 
 
 def _stats(read: Callable[[], list[float]], tokens: int, n_dead: int) -> StepStats:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvsae.errors import UserError
-from pvsae.saes import checkpoint
+from pvsae.saes import checkpoint, kernels
 from pvsae.saes.folders import load
 from pvsae.saes.grid import SINGLE, Grid, grid_of, kth_smallest
 from pvsae.saes.parallel import ALONE, Group
@@ -203,7 +203,8 @@ def test_a_training_has_the_loss_curve_of_one_process(four: Path, one: Path, nam
 
 
 def test_in_the_device_s_fastest_way_they_agree_to_its_precision(four: Path, one: Path) -> None:
-    torch.testing.assert_close(curve(four / "fastest")[:, :3], curve(one)[:, :3], rtol=0.02, atol=0)
+    rough = kernels.product_dtype(torch.device("cpu")) is torch.bfloat16  # a product in int8 is exact where it counts
+    torch.testing.assert_close(curve(four / "fastest")[:, :3], curve(one)[:, :3], rtol=0.02 if rough else 1e-4, atol=0)
 
 
 def test_every_process_ends_with_the_same_dictionary(four: Path) -> None:

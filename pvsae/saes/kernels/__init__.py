@@ -2,7 +2,7 @@
 
 Knows: which implementation and which dtype of the encoder's product fit a device. Does not know: how any of them works.
 
-Both implementations have `survivors`, `decode`, `value_grads` and `latent_grads`; `of` gives the module that has them. Triton's
+Both implementations have `survivors`, `decode` and `latent_grads`; `of` gives the module that has them. Triton's
 also has what fused.py needs for a step that leaves every number on the device. What costs next to nothing (`keep_largest`,
 `kth_largest`) is the same torch on every device.
 """
@@ -15,10 +15,10 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.saes.kernels import eager, screen
-from pvsae.saes.kernels.eager import BLOCK_ELEMENTS, ByLatent, Sparse, keep_largest, kth_largest, large
+from pvsae.saes.kernels.eager import BLOCK_ELEMENTS, Sparse, keep_largest, kth_largest, large
 
 __all__ = [
-    "BLOCK_ELEMENTS", "CHOICES", "PRODUCTS", "ByLatent", "Sparse", "keep_largest", "kth_largest", "large", "of", "product_dtype",
+    "BLOCK_ELEMENTS", "CHOICES", "PRODUCTS", "Sparse", "keep_largest", "kth_largest", "large", "of", "product_dtype",
 ]  # fmt: skip
 
 CHOICES = ("auto", "eager", "triton")

@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**23  # pre-activations computed at a time: 32 MB
-PART_BYTES = 2**22  # of sums made at a time
 
 
 class Sparse(NamedTuple):
@@ -87,39 +86,26 @@ def keep_largest(index: Int[Tensor, " n"], value: Float[Tensor, " n"], threshold
 
 
 def decode(kept: Sparse, W_dec: Float[Tensor, "d_sae d_model"], batch: int) -> Float[Tensor, "batch d_model"]:
-    """Sum of value * W_dec[latent] over each token's kept latents, in fp32; summed in fp32 from whatever dtype W_dec has."""
-    return _sums(kept.latent, kept.value, W_dec, offsets(kept.token, batch))
+    """Sum of value * W_dec[latent] over each token's kept latents."""
+    start = offsets(kept.token, batch)[:-1]
+    return torch.nn.functional.embedding_bag(kept.latent, W_dec, start, per_sample_weights=kept.value, mode="sum")
 
 
-def _sums(
-    which: Int[Tensor, " n"], weights: Float[Tensor, " n"], rows: Float[Tensor, "n_rows d_model"], start: Int[Tensor, " n_1"],
-    out: Float[Tensor, "n_bags d_model"] | None = None,
-) -> Float[Tensor, "n_bags d_model"]:  # fmt: skip
-    """Weighted sums of rows, a bag each. They are as fast as the rows can be read: half as long takes half the time.
-
-    They are made some bags at a time: the system hands out large pieces of memory page by page, which takes longer than to fill
-    them, and small ones are used again.
-    """
-    n_bags = len(start) - 1
-    out = torch.empty(n_bags, rows.shape[1], device=rows.device) if out is None else out
-    weights = weights.to(rows.dtype)
-    some = max(1, PART_BYTES // (rows.shape[1] * rows.element_size()))
-    edges = [*start[:-1:some].tolist(), len(which)]
-    for i, first in enumerate(range(0, n_bags, some)):
-        last, pairs = min(first + some, n_bags), slice(edges[i], edges[i + 1])
-        bags = start[first:last] - edges[i]
-        sums = torch.nn.functional.embedding_bag(which[pairs], rows, bags, per_sample_weights=weights[pairs], mode="sum")
-        out[first:last].copy_(sums)
-    return out
-
-
-def value_grads(kept: Sparse, grad: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, " n"]:
-    """<grad[token], W_dec[latent]> of every kept pair: the gradient of the loss with respect to its value."""
-    shape = (len(grad), len(W_dec))
+def _pattern(
+    start: Int[Tensor, " n_rows_plus_1"], column: Int[Tensor, " n"], value: Float[Tensor, " n"], n_columns: int
+) -> Tensor:
+    """A sparse CSR matrix; its indices are not checked."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that CSR tensors are new, and that nobody checks their indices
-        pattern = torch.sparse_csr_tensor(offsets(kept.token, len(grad)), kept.latent, grad.new_zeros(len(kept.latent)), shape)
-    return torch.sparse.sampled_addmm(pattern, grad, W_dec.T, beta=0.0).values()
+        warnings.simplefilter("ignore", UserWarning)  # that such tensors are new
+        return torch.sparse_csr_tensor(start, column, value, (len(start) - 1, n_columns), check_invariants=False)
+
+
+def dots(
+    row: Int[Tensor, " n"], column: Int[Tensor, " n"], a: Float[Tensor, "n_a d_model"], b: Float[Tensor, "n_b d_model"]
+) -> Float[Tensor, " n"]:
+    """<a[row], b[column]> of pairs that are sorted by row."""
+    pattern = _pattern(offsets(row, len(a)), column, a.new_zeros(len(row)), len(b))
+    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
 
 
 class ByLatent(NamedTuple):
@@ -145,8 +131,11 @@ def weight_grads(
     rows: Float[Tensor, "batch d_model"],
     out: Float[Tensor, "d_sae d_model"] | None = None,
 ) -> Float[Tensor, "d_sae d_model"]:
-    """Sum over each latent's kept tokens of weight * rows[token], into `out` if given; `weights` are in Sparse's order."""
-    return _sums(at.token, weights[at.order], rows, at.start, out)
+    """Sum over each latent's kept tokens of weight * rows[token], into `out` if given; `weights` are in the order of `at`."""
+    out = torch.empty(len(at.start) - 1, rows.shape[1], device=rows.device) if out is None else out
+    if rows.device.type == "cpu":  # the same bits as embedding_bag's, in less time, and it writes to memory that is there
+        return torch.addmm(out, _pattern(at.start, at.token, weights, len(rows)), rows, beta=0, out=out)
+    return out.copy_(torch.nn.functional.embedding_bag(at.token, rows, at.start[:-1], per_sample_weights=weights, mode="sum"))
 
 
 class LatentGrads(NamedTuple):
@@ -160,26 +149,29 @@ class LatentGrads(NamedTuple):
 
 def latent_grads(
     kept: Sparse,
-    of_value: Float[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_model"],
     error: Float[Tensor, "batch d_model"],
     x: Float[Tensor, "batch d_model"],
     scale: float,
-    d_sae: int,
     *memory: Float[Tensor, "d_sae d_model"],
 ) -> LatentGrads:
-    """Gradients of what latents have, given those of the kept values; the reconstruction's is scale * error.
+    """Gradients of what latents have, where the reconstruction's is scale * error.
 
     Args:
         x: the encoder's input.
-        memory: that the matrices are written to, if given.
+        memory: that the two matrices are written to, if given.
     """
+    d_sae = len(W_dec)
     at = by_latent(kept, d_sae)
-    b_enc = torch.bincount(kept.latent, of_value, minlength=d_sae).float()
+    # In the order of latents, where the larger of the two matrices is read once. The scale waits for the pairs: they are fewer.
+    latent, value = kept.latent[at.order], kept.value[at.order]
+    of_value = dots(latent, at.token, W_dec, error).mul_(scale)
     W_enc = weight_grads(at, of_value, x, *memory[:1])
-    W_dec = weight_grads(at, kept.value * scale, error, *memory[1:])
+    W_dec_grad = weight_grads(at, value * scale, error, *memory[1:])
+    b_enc = torch.bincount(latent, of_value, minlength=d_sae).float()
     # <dL/dW_dec[f], W_dec[f]> is a sum over kept pairs too: the dense gradient need not be read for it.
-    along = torch.bincount(kept.latent, of_value * kept.value, minlength=d_sae).float()
-    return LatentGrads(W_enc, W_dec, b_enc, along)
+    along = torch.bincount(latent, of_value * value, minlength=d_sae).float()
+    return LatentGrads(W_enc, W_dec_grad, b_enc, along)
 
 
 def large(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 from pvsae.saes.kernels import eager
 
 SIGMAS = 5.0
-ROWS = 512  # latents a product: what is made of them stays in the cache until it has been searched
+ROWS = 1024  # latents a product: what is made of them is searched while it is still in the cache
 BIAS = 32  # columns that the bias is spread over
 WILD = 2.0  # a token is computed in fp32 whose largest element is so many times the median token's
 
@@ -89,7 +89,7 @@ def survivors(
             return None
     pair = torch.cat(parts)
     latent = torch.div(pair, batch, rounding_mode="floor")
-    value = eager.value_grads(eager.Sparse(latent, pair - latent * batch, pair), W_enc, x) + b_enc[latent]
+    value = eager.dots(latent, pair - latent * batch, W_enc, x) + b_enc[latent]
     passes = eager.where(value > low)
     latent = latent[passes]
     token = pair[passes] - latent * batch

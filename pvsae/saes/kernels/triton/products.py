@@ -163,16 +163,15 @@ def both_weight_grads(
 
 def latent_grads(
     kept: Sparse,
-    of_value: Float[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_model"],
     error: Float[Tensor, "batch d_model"],
     x: Float[Tensor, "batch d_model"],
     scale: float,
-    d_sae: int,
 ) -> LatentGrads:
-    """Gradients of what latents have, given those of the kept values; the reconstruction's is scale * error, x the encoder's
-    input."""
-    W_dec, W_enc, b_enc, along = both_weight_grads(by_latent(kept, d_sae), kept.value * scale, error, of_value, x)
-    return LatentGrads(W_enc, W_dec, b_enc, along.div_(scale))
+    """Gradients of what latents have, where the reconstruction's is scale * error; x is the encoder's input."""
+    of_value = value_grads(kept, error, W_dec).mul_(scale)
+    dec, enc, b_enc, along = both_weight_grads(by_latent(kept, len(W_dec)), kept.value * scale, error, of_value, x)
+    return LatentGrads(enc, dec, b_enc, along.div_(scale))
 
 
 def _by_latent(at: ByLatent, a: Tensor, G: Tensor, c: Tensor | None = None, X: Tensor | None = None) -> tuple[Tensor, ...]:
