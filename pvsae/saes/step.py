@@ -116,7 +116,7 @@ class Learner:
         Args:
             d_model, d_sae: width of the residual, number of latents.
             center: where b_dec starts, e.g. the geometric median of some activations; 0 by default.
-            product_dtype: of the encoder's product; None is what the config says.
+            product_dtype: of the encoder's product, int8 for the screen; None is what the config says.
             grid: the processes that tokens and latents are shared with; this one has an equal run of the d_sae latents.
         """
         self.config, self.grid = config, grid

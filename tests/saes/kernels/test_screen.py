@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvsae.saes.dead import Dead
 from pvsae.saes.kernels import eager, screen
 from pvsae.saes.step import Learner, StepConfig
 
@@ -22,6 +21,8 @@ def activations(kind: str, n: int = 1100, d: int = 96) -> Tensor:
         x[:, 50] += 200
     if kind == "massive tokens":
         x[::300] *= 50
+    if kind == "spikes":
+        x[torch.arange(n), torch.arange(n) * 7 % d] *= 30
     return x
 
 
@@ -33,7 +34,7 @@ def weights(x: Tensor, f: int) -> tuple[Tensor, Tensor]:
     return W * (0.3 + torch.rand(f, 1, generator=generator)), 0.3 * torch.randn(f, generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["plain", "decaying", "massive dimensions", "massive tokens"])
+@pytest.mark.parametrize("kind", ["plain", "decaying", "massive dimensions", "massive tokens", "spikes"])
 @pytest.mark.parametrize("f", [640, 1021])
 def test_the_same_pairs_pass_as_in_fp32(kind: str, f: int) -> None:
     x = activations(kind)
@@ -48,7 +49,8 @@ def test_the_same_pairs_pass_as_in_fp32(kind: str, f: int) -> None:
         assert all(
             v == pytest.approx(other[i], rel=1e-4, abs=1e-4 * low) if i in other else v < low * 1.0001 for i, v in one.items()
         )
-    assert len(ours) <= found.n_screened < 3 * len(ours)
+    assert len(ours) <= found.n_screened
+    assert kind == "spikes" or found.n_screened < 3 * len(ours)
 
 
 def test_the_margin_is_what_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,18 +71,15 @@ def test_numbers_that_are_not_finite_are_not_hidden(bad: float) -> None:
     assert len(screen.survivors(x, W, b, 0.5).flat) > 0
 
 
-def test_a_step_with_the_screen_is_one_without_it_to_the_precision_of_bf16() -> None:
+def test_steps_with_the_screen_are_those_without_it() -> None:
     x = activations("decaying", 2048)
-    learners = [Learner(96, 512, StepConfig(clip=None), product_dtype=dtype) for dtype in (torch.float32, torch.int8)]
-    for made in learners:
-        made.step(x, 8, 1e-3)
-    exact, screened = learners
-    kept = [made.select(x[:500], 8)[0] for made in learners]
-    both = set((kept[0].token * 512 + kept[0].latent).tolist()) & set((kept[1].token * 512 + kept[1].latent).tolist())
-    assert len(both) > 0.98 * len(kept[0].value)
-    no = Dead(torch.zeros(0, dtype=torch.int64), 0, 0)
-    for mine, theirs in zip(*(m.gradients(x, exact.select(x, 8)[0], no)[0].tensors() for m in (screened, exact)), strict=True):
-        assert float((mine - theirs).norm() / theirs.norm()) < 0.02
+    exact, screened = (Learner(96, 512, StepConfig(), product_dtype=dtype) for dtype in (torch.float32, torch.int8))
+    for part in x.split(512):
+        a, b = (vars(made.step(part, 8, 1e-3)) for made in (exact, screened))
+        assert b == pytest.approx(a, rel=1e-5)
+    assert screened.rest == 0, "it was used"
+    for p, q in zip(exact.parameters(), screened.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 def test_a_screen_that_lets_too_much_pass_rests_and_its_rest_is_part_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
