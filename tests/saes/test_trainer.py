@@ -15,8 +15,8 @@ from torch import Tensor
 from pvsae.errors import UserError
 from pvsae.saes.folders import load
 from pvsae.saes.info import SAEInfo
-from pvsae.saes.step import StepConfig
-from pvsae.saes.trainer import DictionaryConfig, TrainConfig, geometric_median, train
+from pvsae.saes.step import Learner, StepConfig
+from pvsae.saes.trainer import DictionaryConfig, TrainConfig, calibrated_threshold, geometric_median, train
 
 D = 16
 
@@ -63,9 +63,10 @@ def config(steps: int = 60, **options: Any) -> TrainConfig:
     return TrainConfig(**{**given, **options})
 
 
-def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["element", "token"])
+def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path, unit: str) -> None:
     lines: list[dict[str, Any]] = []
-    made = train(Made(), config(300), tmp_path, log=lines.append, progress=False)
+    made = train(Made(), config(300, unit=unit), tmp_path, log=lines.append, progress=False)
     fresh = Made()
     for one, d in zip(made, config().dictionaries, strict=True):
         sae = load(tmp_path / d.name)
@@ -74,6 +75,7 @@ def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path) -> No
         x = fresh.tokens(8192, 77, d.block)  # raw, and seen neither in training nor in calibration
         acts = sae.encode(x)
         assert float((acts > 0).sum(1).float().mean()) == pytest.approx(d.k, rel=0.02)
+        assert sae.info.training["scale"] == pytest.approx(Made.scale[d.block] / (4 if unit == "token" else 1))
         fvu = float((sae.decode(acts) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
         assert fvu == pytest.approx(one.last["fvu"], abs=0.05)
         assert fvu < 0.5
@@ -84,12 +86,37 @@ def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path) -> No
     assert [line["step"] for line in written] == [s for s in range(5, 301, 5) for _ in range(2)]
 
 
-@pytest.mark.parametrize("steps", [100, 2000])
-def test_l0_after_reloading_is_within_two_percent_of_k(tmp_path: Path, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "product"), [(100, "auto"), (100, "bfloat16"), (2000, "auto")])
+def test_l0_after_reloading_is_within_two_percent_of_k(tmp_path: Path, steps: int, product: str) -> None:
     one = DictionaryConfig(block=1, d_sae=64, k=4)
-    train(Made(), config(steps, dictionaries=(one,), calibration_tokens=16_384), tmp_path, progress=False)
+    options = {"dictionaries": (one,), "calibration_tokens": 16_384, "step": StepConfig(product=product)}
+    train(Made(), config(steps, **options), tmp_path, progress=False)
     x = Made().tokens(16_384, 5 * 10**5, 1)
     assert float((load(tmp_path / one.name).encode(x) > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("k", [4, 5, 7, 8, 10])
+def test_the_final_threshold_is_exact_in_fp32_whatever_the_product(k: int) -> None:
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(1))
+    learner = Learner(32, 1024, StepConfig(), product_dtype=torch.bfloat16)
+    threshold = calibrated_threshold(learner, x, k)
+    pre = (x - learner.b_dec) @ learner.W_enc.T + learner.b_enc
+    assert int((pre > threshold).sum()) == pytest.approx(k * 4096, abs=2), "products may be summed in another order"
+    assert learner.product_dtype is torch.bfloat16
+
+
+def test_learners_of_one_run_share_the_memory_of_gradients() -> None:
+    def weights(together: bool) -> list[Tensor]:
+        shared: list[Tensor] | None = [] if together else None
+        made = [Learner(16, n, StepConfig(), memory=shared) for n in (40, 64, 24)]
+        for seed in range(3):
+            x = torch.randn(128, 16, generator=torch.Generator().manual_seed(seed))
+            for learner in made:
+                learner.step(x, 4, 1e-2)
+        assert not together or [len(rows) for rows in shared or []] == [64, 64]
+        return [p for learner in made for p in learner.parameters()]
+
+    assert all(torch.equal(p, q) for p, q in zip(weights(True), weights(False), strict=True))
 
 
 @pytest.mark.parametrize("kill_at", [7, 20, 33])
