@@ -25,6 +25,7 @@ from pvsae.errors import UserError
 from pvsae.runs import RunDir
 from pvsae.saes.activity import LatentActivity
 from pvsae.saes.evaluate import TokenRow, token_rows
+from pvsae.saes.fingerprint import fingerprint
 from pvsae.saes.output_score import PREFIX
 from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.counts import activity_of_text, count, is_kept, kept
@@ -267,9 +268,7 @@ def _pin(
     vectors: dict[str, PersonaVectors],
     features: Sequence[Feature],
 ) -> None:
-    from pvsae.stages.sae_eval import _digest
-
-    pin_inputs(folder, model, traits, vectors, {f"dictionary {f.sae.ref}": _digest(f.sae) for f in features})
+    pin_inputs(folder, model, traits, vectors, {f"dictionary {f.sae.ref}": fingerprint(f.sae) for f in features})
 
 
 # --------------------------------------------------------------------------------------------------- what strengths mean

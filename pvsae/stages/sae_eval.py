@@ -6,7 +6,6 @@ Does not know: how anything is measured (saes/evaluate.py, saes/measures.py), fi
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,6 +106,7 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
         UserError: no such dictionary, model or text, a dictionary that does not fit the model, a folder of another run.
     """
     from pvsae.models import load as load_model
+    from pvsae.saes.fingerprint import fingerprint
     from pvsae.saes.folders import load
 
     folder = run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, COMMAND, config.identity(), config.seed)
@@ -118,7 +118,7 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
         # What can be wrong with the text shows here, while the options may still be put right: nothing is pinned yet.
         rows = [] if "evaluation" in folder.finished else _rows(config, model, sae)
-        pin(folder, model, {f"dictionary {d.ref}": _digest(d) for d in (sae, other) if d is not None})
+        pin(folder, model, {f"dictionary {d.ref}": fingerprint(d) for d in (sae, other) if d is not None})
         with folder.step("evaluation") as step:
             if not step.done:
                 _write(_evaluate(config, model, sae, rows or _rows(config, model, sae)), step.folder)
@@ -167,17 +167,6 @@ def _masks_of(sae: SAE) -> dict[str, Any]:
     trained = sae.info.training.get("corpus", {})
     found = {name: trained[name] for name in ("tokens", "skip_special") if name in trained}
     return {"drop_first": sae.info.drop_first, **found}
-
-
-def _digest(sae: SAE) -> str:
-    """Hash of all that a dictionary computes with. Of the arrays and not of a file: a release is no folder of the user's."""
-    import torch
-
-    digest = hashlib.sha256(f"{sae.dtype} {sae.top_k} {sae.apply_b_dec_to_input}".encode())
-    for array in (sae.b_enc, sae.b_dec, sae.threshold, sae.W_enc.T, sae.W_dec):
-        for part in array.split(4096):  # a dictionary may be larger than what is left of the memory
-            digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:

@@ -25,7 +25,7 @@ from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, jsonable, read_json, write_json
 from pvsae.stages.inputs import pin
-from pvsae.stages.sae_eval import _digest, _masks_of, _model_of, _source
+from pvsae.stages.sae_eval import _masks_of, _model_of, _source
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -216,6 +216,7 @@ def _place(config: SaeFeaturesConfig, folder: RunDir, model: ChatModel | None, p
     from pvsae.models import load as load_model
     from pvsae.saes.corpus import Corpus
     from pvsae.saes.evaluate import check_block
+    from pvsae.saes.fingerprint import fingerprint
     from pvsae.saes.folders import load
     from pvsae.saes.gather import Place, median_norm
 
@@ -227,7 +228,7 @@ def _place(config: SaeFeaturesConfig, folder: RunDir, model: ChatModel | None, p
     block = check_block(sae, model, config.block)
     corpus_config, held_out = _corpus(config, model, sae)
     corpus = Corpus(model, corpus_config, progress=progress)
-    pin(folder, model, {f"dictionary {sae.ref}": _digest(sae)})
+    pin(folder, model, {f"dictionary {sae.ref}": fingerprint(sae)})
     place, notes = Place(model, sae, block, corpus, held_out), list(sae.info.notes)
     if sae.info.outliers is not None and sae.info.outliers.median_norm is None:
         median = folder.do_json("median", lambda: median_norm(place, batch_tokens=config.batch_tokens))
