@@ -147,7 +147,9 @@ def assemble(
     Returns: KEYS, what is known of the feature, choice_coef, choice_score, choice_passes, `kept`, and MEASURED on the questions
         held out, with `verdict` in place of `passes`: what was not kept is UNKNOWN there.
     """
-    first = choice[["feature", "coef", "score", "passes"]].rename(columns=lambda c: c if c == "feature" else f"choice_{c}")
+    first = choice.loc[choice["condition"] == FEATURE, ["feature", "coef", "score", "passes"]].rename(
+        columns=lambda c: c if c == "feature" else f"choice_{c}"
+    )
     rows = found.merge(evidence, on="feature", how="left").merge(first, on="feature", how="left")
     rows = rows.assign(condition=FEATURE, of="-", kept=rows["feature"].isin(list(kept)))
     own = measured[measured["condition"] == FEATURE].drop(columns=["trait", "condition", "of"])
@@ -157,10 +159,10 @@ def assemble(
     cosine = random.map(cosines).mask(controls["condition"] == VECTOR, 1.0)
     controls = controls.assign(cosine=cosine, density=random.map(densities), kept=False, tried=False)
     parts = [part.dropna(axis=1, how="all") for part in (rows, controls) if len(part)]
-    both = pd.concat(parts, ignore_index=True)
-    both["verdict"] = both["passes"].map({True: PASS, False: FAIL}).fillna(UNKNOWN)
-    columns = [*KEYS, *(c for c in rows.columns if c not in (*KEYS, *MEASURED)), *MEASURED[:-1], "verdict"]
-    return both.reindex(columns=columns)
+    columns = [*KEYS, *(c for c in rows.columns if c not in (*KEYS, *MEASURED)), *MEASURED]
+    both = pd.concat(parts, ignore_index=True).reindex(columns=columns)
+    both["passes"] = both["passes"].map({True: PASS, False: FAIL}).fillna(UNKNOWN)
+    return both.rename(columns={"passes": "verdict"})
 
 
 def passing(table: pd.DataFrame, trait: str, condition: str) -> int:
@@ -253,7 +255,7 @@ def draw(doses: pd.DataFrame, table: pd.DataFrame, path: Path) -> Path:
                 ax.set_ylabel(f"{trait}\nscore", fontsize=8)
     if figure.axes:
         handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        figure.legend(handles, names, loc="outside lower center", ncols=min(5, columns + 1), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as tmp:
         figure.savefig(tmp, format="png")
@@ -263,7 +265,8 @@ def draw(doses: pd.DataFrame, table: pd.DataFrame, path: Path) -> Path:
 def _panel(ax: Axes, doses: pd.DataFrame, row: Mapping[str, Any]) -> None:
     facet = row["own"].partition("/")[2] if isinstance(row["own"], str) else ""
     own = facet if facet in doses else "trait_score"
-    facets = [c for c in doses.columns[doses.columns.get_loc("n_failed_coherence") + 1 :] if c not in ("questions", own)]
+    after = doses.columns[doses.columns.get_loc("n_failed_coherence") + 1 :]
+    facets = [c for c in after if c not in ("questions", "trait", own) and doses[c].notna().any()]  # this trait's others
     start = doses[doses["condition"] == "unsteered"]
 
     def curve(part: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from analyses import feature_table
 from analyses.feature_truth import TRAITS, held_against
-from analyses.pairs import vectors_of
+from analyses.pairs import folder_of, vectors_of
 from analyses.pipeline import parser
 from analyses.vector_geometry import dictionary
 from benchmarks.record import check, record
@@ -89,7 +89,7 @@ class Size:
     tokens: int
 
 
-FULL = Size(20, 4, (0.5, 0.75, 1.0, 1.5), (0.5, 1.0, 1.5), 1, 3, None, 2, 6000, 200_000)
+FULL = Size(20, 4, (0.25, 0.5, 0.75, 1.0, 1.5), (0.5, 1.0, 1.5), 1, 3, None, 2, 6000, 200_000)
 QUICK = Size(8, 2, (0.5, 1.0), (1.0,), 1, 1, 6, 1, 800, 20_000)
 
 
@@ -174,7 +174,7 @@ def passage(card: dict[str, Any]) -> str:
     tokens, at = example["tokens"], example["at"]
     start = max(0, at - 2 * PASSAGE // 3)
     space = tokens[at][: len(tokens[at]) - len(tokens[at].lstrip())]
-    marked = [*tokens[:at], f"{space}[{tokens[at].strip()}]", *tokens[at + 1 :]]
+    marked = [*tokens[:at], f"{space}[{tokens[at].strip() or ' '}]", *tokens[at + 1 :]]
     return "".join(marked[start : start + PASSAGE]).strip()
 
 
@@ -241,14 +241,14 @@ def options_of(size: Size, args: argparse.Namespace) -> Size:
 
 def prepared(args: argparse.Namespace) -> Job:
     """Everything that the traits share; vectors are extracted and a dictionary is trained where they are not given."""
-    model = load(args.model)
-    out, stored = vectors_of(args, model)
+    model, out = load(args.model), folder_of(args)
     if args.dictionary:
         sae = dictionary(args.dictionary, "", model, out)
     else:
         changes = [*args.set, *(["training.tokens=1e5"] if args.quick else [])]
         sae = dictionary(None, args.config or args.model, model, out / "features", changes)
     sae = sae.check_model(model)
+    out, stored = vectors_of(args, model)  # takes longest, so that all that may be refused comes before it
     place = out / f"sae_features-{Path(sae.ref).name}-{fingerprint(sae)[:8]}"
     shared = {
         "model": args.model, "judge": args.judge, "judge_url": args.judge_url, "library": args.library, "batch_size": 64,
