@@ -35,6 +35,7 @@ from analyses.pipeline import parser
 from analyses.vector_geometry import dictionary
 from benchmarks.record import check, record
 from pvsae import load
+from pvsae.errors import UserError
 from pvsae.models import ChatModel
 from pvsae.organism.labelled import labels
 from pvsae.reports import write_feature_page, write_report
@@ -248,6 +249,8 @@ def prepared(args: argparse.Namespace) -> Job:
         changes = [*args.set, *(["training.tokens=1e5"] if args.quick else [])]
         sae = dictionary(None, args.config or args.model, model, out / "features", changes)
     sae = sae.check_model(model)
+    if sae.info.block is None:
+        raise UserError(f"{sae.ref} does not say which block it is of", "a dictionary whose folder names its block")
     out, stored = vectors_of(args, model)  # takes longest, so that all that may be refused comes before it
     place = out / f"sae_features-{Path(sae.ref).name}-{fingerprint(sae)[:8]}"
     shared = {
