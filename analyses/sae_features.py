@@ -203,9 +203,7 @@ def one(
         )
         measured = feature_table.verdicts(last.table, last.facets, own, coefs=kept)
         doses.append(last.dose_response(trait).assign(questions="held out"))
-    assert job.sae.info.block is not None
-    vectors = pd.Series(job.sae.cosines(vector_of(job, trait)).tolist())
-    cosines = {str(i): c for i, c in vectors.items()}
+    cosines = {str(i): c for i, c in enumerate(job.sae.cosines(vector_of(job, trait)).tolist())}
     table = feature_table.assemble(found, evidence, choice, kept, measured, cosines, densities)
     write_report(job.out / trait, title=f"Features of {trait}")
     dose = pd.concat(doses).assign(trait=trait) if doses else pd.DataFrame(columns=["trait", "questions"])
@@ -247,7 +245,8 @@ def prepared(args: argparse.Namespace) -> Job:
         sae = dictionary(args.dictionary, "", model, out)
     else:
         changes = [*args.set, *(["training.tokens=1e5"] if args.quick else [])]
-        sae = dictionary(None, args.config or args.model, model, out / "features", changes)
+        config = args.config or args.model
+        sae = dictionary(None, config, model, out / f"features-{Path(config).stem}", changes)
     sae = sae.check_model(model)
     if sae.info.block is None:
         raise UserError(f"{sae.ref} does not say which block it is of", "a dictionary whose folder names its block")
@@ -302,7 +301,7 @@ def main() -> None:
     print(f"\nfigure: {figure}\ntables: {job.out}/table.csv, dose_response.csv, causal.csv, table.md\npages: ", end="")
     print(", ".join(str(job.out / trait / "report.html") for trait in traits))
     details = {"table": table.to_dict("records"), "causal": causal.to_dict("records"), "random directions that pass": directions}
-    name = f"sae_features_{job.out.parent.name}"
+    name = f"sae_features_{job.out.parent.name}_{Path(job.ref).name}"
     record(name, checks_of(table, causal, traits, facets=bool(table["facet"].notna().any())), details)
 
 
