@@ -40,7 +40,12 @@ from pvsae.saes.kernels import CHOICES, PRODUCTS
 from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.step import Learner, StepConfig, StepStats
 
-_FREE = ("log_every", "checkpoint_every", "width_shards")  # what may change on the way; checkpoint.py has the last word
+_FREE = (
+    "log_every",
+    "checkpoint_every",
+    "width_shards",
+    "drop_dead",
+)  # what may change on the way; checkpoint.py has the last word
 
 Batch = Mapping[int, Tensor]
 Log = Callable[[dict[str, Any]], None]
@@ -106,6 +111,8 @@ class TrainConfig:
         k_anneal: share of the steps over which k falls linearly from `k_start` times its value; 0 for none.
         k_start: see k_anneal.
         calibration_tokens: held-out tokens on which the final threshold is set.
+        drop_dead: leave latents that are dead at the end out of the finished dictionary. The dead-latent loss has turned them
+            towards what the others leave over, so they would be among the rows nearest to a persona vector and mean nothing.
         log_every, checkpoint_every: steps.
         width_shards: processes that share the latents of each dictionary, for those that outgrow one GPU. The number of all
             processes (torchrun's) is a multiple of it, and so is every d_sae; if there are more, they share the tokens.
@@ -120,6 +127,7 @@ class TrainConfig:
     k_anneal: float = 0.0
     k_start: float = 8.0
     calibration_tokens: int = 16_384
+    drop_dead: bool = False
     log_every: int = 10
     checkpoint_every: int = 1000
     width_shards: int = 1
@@ -396,25 +404,32 @@ class _Run:
         thresholds = {"running_threshold": learner.threshold, "threshold": threshold}
         last = {**self.last[i], **{name: t / self.stream.scale[d.block] for name, t in thresholds.items()}}
         source = self.stream.info(d.block)
-        few = len(held_out) < self.config.calibration_tokens
-        note = f"its threshold was set on {len(held_out):,} held-out tokens, of {self.config.calibration_tokens:,} wanted"
+        notes = list(source.notes)
+        if len(held_out) < self.config.calibration_tokens:
+            notes.append(
+                f"its threshold was set on {len(held_out):,} held-out tokens, of {self.config.calibration_tokens:,} wanted"
+            )
         info = replace(
             source,
             k=d.k,
-            notes=(*source.notes, *([note] if few else [])),
             training={
                 **source.training, "config": {**_plain(self.config), "dictionaries": [asdict(d)]},
                 "scale": self.stream.scale[d.block], "tokens": self.done * self.config.batch, "last": last,
                 "versions": {name: version(name) for name in ("pvsae", "torch")},
             },
         )  # fmt: skip
-        arrays = [learner.W_enc, learner.b_enc, learner.W_dec]
+        arrays = [learner.W_enc, learner.b_enc, learner.W_dec, learner.silent_for]
         if self.grid.width.size > 1:
             first = self.grid.data.rank == 0
             gathered = [self.grid.width.rows_on_host(t) if first else None for t in arrays]
             arrays = [t for t in gathered if t is not None]
         if arrays:  # here is the whole dictionary
-            W_enc, b_enc, W_dec = arrays
+            W_enc, b_enc, W_dec, silent_for = arrays
+            alive = silent_for < self.config.step.dead_after
+            if self.config.drop_dead and 0 < (n_alive := int(alive.sum())) < d.d_sae:
+                W_enc, b_enc, W_dec = W_enc[alive], b_enc[alive], W_dec[alive]
+                notes.append(f"{d.d_sae - n_alive:,} of {d.d_sae:,} latents were dead at the end of training, and left out")
+            info = replace(info, notes=tuple(notes))
             ref, scale = str(self.folder / d.name), self.stream.scale[d.block]
             sae = SAE(W_enc.T, b_enc, W_dec, learner.b_dec, threshold, info=info, ref=ref).unscaled(scale)
             if self.grid.everyone.rank == 0:

@@ -134,6 +134,27 @@ def test_a_threshold_from_fewer_tokens_than_wanted_is_noted(tmp_path: Path) -> N
         assert load(tmp_path / one.name).info.notes == ("its threshold was set on 300 held-out tokens, of 4,096 wanted",)
 
 
+def test_dead_latents_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "dictionaries": (DictionaryConfig(block=1, d_sae=512, k=1, lr=3e-3),), "step": StepConfig(dead_after=4000, aux_coef=0.0),
+    }  # fmt: skip
+    (whole,) = train(Made(), config(100, **options), tmp_path / "whole", progress=False)
+    train(Made(), config(100, drop_dead=True, **options), tmp_path / "less", progress=False)
+    less = load(tmp_path / "less" / whole.name)
+    x = Made().tokens(8192, 77, 1)
+    acts, fewer = whole.sae.encode(x), less.encode(x)
+    n_dead = whole.last["n_dead"]
+    assert 0 < 512 - less.d_sae <= n_dead + 5  # which were found before the last step
+    assert less.info.notes == (f"{512 - less.d_sae} of 512 latents were dead at the end of training, and left out",)
+    assert not whole.sae.info.notes
+    kept = [i for i, row in enumerate(whole.sae.W_dec) if any(torch.equal(row, other) for other in less.W_dec)]
+    assert len(kept) == less.d_sae
+    torch.testing.assert_close(acts[:, kept], fewer)
+    rest = acts.sum(0)
+    rest[kept] = 0
+    assert float(rest.sum()) < 0.01 * float(acts.sum())
+
+
 def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
     first = train(Made(), config(10), tmp_path, progress=False)
     untouched = Made(kill_at=0)
