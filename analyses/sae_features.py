@@ -29,7 +29,7 @@ import torch
 from tqdm.auto import tqdm
 
 from analyses import feature_table
-from analyses.feature_truth import TRAITS, held_against
+from analyses.feature_truth import TRAITS, config_for, held_against
 from analyses.pairs import folder_of, vectors_of
 from analyses.pipeline import parser
 from analyses.vector_geometry import dictionary
@@ -245,7 +245,7 @@ def prepared(args: argparse.Namespace) -> Job:
         sae = dictionary(args.dictionary, "", model, out)
     else:
         changes = [*args.set, *(["training.tokens=1e5"] if args.quick else [])]
-        config = args.config or args.model
+        config = args.config or config_for(args.model)
         sae = dictionary(None, config, model, out / f"features-{Path(config).stem}", changes)
     sae = sae.check_model(model)
     if sae.info.block is None:
@@ -263,8 +263,8 @@ def prepared(args: argparse.Namespace) -> Job:
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--dictionary", help="a folder, or RELEASE/ID (default: train the shipped config of the model)")
-    options.add_argument("--config", help="config of the dictionary to train (default: the shipped one of the model)")
+    options.add_argument("--dictionary", help="a folder, or RELEASE/ID (default: train the model's shipped config)")
+    options.add_argument("--config", help="config of the dictionary to train (default: MODEL-facets, else MODEL)")
     options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of that config")
     options.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
     options.add_argument("--text", nargs="+", default=[], help="text for evidence (default: the dictionary's own)")
