@@ -14,6 +14,7 @@ from pvsae.errors import UserError
 from pvsae.reports import draw, write_report
 from pvsae.reports.figures import monitoring_figure, steering_figure
 from pvsae.runs import RunDir
+from tests.browser import assert_fine
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,8 @@ def test_folders_without_runs_are_refused(tmp_path) -> None:
     RunDir.open(tmp_path / "run", "bake", {}).close()
     with pytest.raises(UserError, match="has no figure"):
         draw(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(runs, tmp_path) -> None:
+    assert_fine(write_report(runs), tmp_path, images=5)

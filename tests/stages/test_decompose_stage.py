@@ -18,6 +18,7 @@ from pvsae.saes.folders import save
 from pvsae.stages import DecomposeConfig, ExtractConfig, decompose, extract
 from pvsae.stages.causal import parts_of, with_effects
 from pvsae.vectors import PersonaVectors
+from tests.browser import assert_fine
 from tests.saes.small import make_sae
 
 BLOCK = 1
@@ -274,3 +275,10 @@ def test_official_files_beside_each_other_are_known_traits(made, tmp_path, extra
     result = decompose.run(setup, tmp_path / "run")
     assert set(result.tables["specificity"]["for"]) == {"gloomy", "chatty"}
     assert any("does not say which model" in note for note in result.notes)
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(made, tmp_path):
+    model, config = made
+    decompose.run(config, tmp_path / "run", model=model)
+    assert_fine(write_report(tmp_path / "run"), tmp_path / "browser", images=1)

@@ -19,6 +19,7 @@ from pvsae.saes.evaluate import token_rows
 from pvsae.stages import FeatureSteerConfig, feature_steer
 from pvsae.traits import load_trait
 from pvsae.vectors import PersonaVectors, Rollouts
+from tests.browser import assert_fine
 
 SMALL = {"max_new_tokens": 6, "max_questions": 3, "seed": 3}
 
@@ -298,3 +299,8 @@ def test_other_weights_of_the_dictionary_do_not_go_on_with_a_run(tmp_path, place
     save_sae(model, tmp_path / "sae", seed=1)
     with pytest.raises(UserError, match="changed since the run"):
         feature_steer.run(setup, tmp_path / "run", model=model, judge=TagJudge())
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(swept, tmp_path) -> None:
+    assert_fine(write_report(swept[1].path), tmp_path, images=1)

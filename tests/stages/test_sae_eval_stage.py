@@ -17,6 +17,7 @@ from pvsae.saes.fingerprint import fingerprint
 from pvsae.saes.folders import load, save
 from pvsae.stages import sae_eval
 from pvsae.stages.sae_eval import SaeEvalConfig, run
+from tests.browser import assert_fine
 from tests.saes.small import make_sae
 
 TEXTS = (
@@ -225,3 +226,10 @@ def test_what_cannot_be_evaluated_is_said(made, tmp_path):
         with pytest.raises(UserError, match=message):
             run(wrong, tmp_path / f"run{name}", model=model)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(made, tmp_path):
+    model, config = made
+    run(config, tmp_path / "run", model=model)
+    assert_fine(write_report(tmp_path / "run"), tmp_path / "browser", images=4)

@@ -18,6 +18,7 @@ from pvsae.saes.config import ModelConfig, SaeTrainConfig, config_of, load_confi
 from pvsae.saes.demand import demand
 from pvsae.saes.folders import load
 from pvsae.stages import SaeEvalConfig, sae_eval, sae_train
+from tests.browser import assert_fine
 from tests.saes.corpora import write_chats, write_texts
 
 STEPS = 24
@@ -205,3 +206,8 @@ def test_the_plan_counts_what_the_training_takes(finished, texts, tiny_models, t
     unknown = replace(named, training=replace(wanted.training, dictionaries=both))
     with pytest.raises(UserError, match=r"blocks 1, 9 of (?s:.*)0 to 3"):
         sae_train.plan(unknown)
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(finished, tmp_path) -> None:
+    assert_fine(write_report(finished.path), tmp_path, images=1)
