@@ -364,7 +364,6 @@ class ActivationStream:
         model's forward pass repeats itself.
         """
         return {
-            "version": 1,
             "about": self._about() | self._mixing(),
             "position": copy.deepcopy(self._position),
             "ended": self._ended,

@@ -118,6 +118,26 @@ def test_a_line_of_metrics_that_was_cut_short_is_written_again(tmp_path: Path) -
     assert metrics.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:2000]), "checkpoint.pt is damaged"),
+        (lambda file: file.write_bytes(b""), "checkpoint.pt is damaged"),
+        (lambda file: file.write_bytes(b"no checkpoint at all"), "checkpoint.pt is damaged"),
+        (lambda file: torch.save({**torch.load(file, weights_only=True), "version": 0}, file), "another version of pvsae"),
+        (lambda file: torch.save({"done": 20}, file), "its layout is older"),
+        (lambda file: torch.save([1], file), "another version of pvsae"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_gone_on_with_is_said(tmp_path: Path, harm: Any, said: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Made(kill_at=33), config(), tmp_path, progress=False)
+    harm(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=said) as error:
+        train(Made(), config(), tmp_path, progress=False)
+    assert "start anew" in str(error.value)
+
+
 def test_thresholds_at_the_end_are_those_of_the_saved_dictionary(tmp_path: Path) -> None:
     for one in train(Made(), config(), tmp_path, progress=False):
         assert one.last["threshold"] == pytest.approx(float(one.sae.threshold[0]), rel=1e-5)
