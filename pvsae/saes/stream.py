@@ -25,6 +25,7 @@ from pvsae.errors import UserError
 from pvsae.models import ChatModel
 from pvsae.models.fingerprint import fingerprint
 from pvsae.models.hooks import check
+from pvsae.models.loading import resolve_device
 from pvsae.saes.buffer import Batch, ShuffleBuffer
 from pvsae.saes.corpus import Corpus, Row, Rows
 from pvsae.saes.harvest import TokenResiduals, harvest, passes_of, windows
@@ -134,7 +135,8 @@ class ActivationStream:
                 and the first one writes.)
             about: plain values that are to be kept with a dictionary's record of its training, such as the model's options.
 
-        Raises: UserError for bad options, an unknown block, too little memory, or shards of another stream.
+        Raises: UserError for bad options, an unknown block, a device that is not there, too little memory, or shards of another
+            stream.
         """
         self.config = config or StreamConfig()
         self.config.check()
@@ -150,7 +152,7 @@ class ActivationStream:
                 "raise buffer_tokens, or lower batch_tokens or the corpus's context",
             )
         self.shards = Shards(self.config.shards, self._about()) if self.config.shards else None
-        device = self.config.buffer_device or model.device
+        device = resolve_device(self.config.buffer_device or model.device)
         self.buffer = ShuffleBuffer(
             self.blocks, self.config.buffer_tokens, model.d_model, dtype=self.dtype, device=device, seed=self.config.seed
         )

@@ -106,7 +106,7 @@ def plan(config: SaeTrainConfig) -> str:
     """What `run` would take, for people to read. The model's config is read, and nothing of its weights or of the text.
 
     Raises:
-        UserError: no such model, or blocks that it does not have.
+        UserError: no such model, blocks that it does not have, or a device that is not there.
     """
     from pvsae.models import model_shape
     from pvsae.models.loading import resolve_device, resolve_dtype
@@ -114,6 +114,7 @@ def plan(config: SaeTrainConfig) -> str:
 
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
+    resolve_device(config.stream.buffer_device or device)
     shape = model_shape(config.model.name)
     if max(config.training.blocks) >= shape.n_blocks or min(config.training.blocks) < 0:
         raise UserError(

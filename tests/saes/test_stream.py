@@ -404,6 +404,8 @@ def test_a_damaged_shard_is_filled_again_with_the_same_bits(model, corpus, tmp_p
         ({"outlier_multiple": 0.5}, "outlier_multiple"),
         ({"outlier_multiple": float("inf")}, "outlier_multiple inf"),
         ({"seed": -1}, "seed"),
+        ({"buffer_device": "gpu"}, "unknown device 'gpu'"),
+        ({"buffer_device": "cuda:99"}, "device 'cuda:99' is not on this machine"),
     ],
 )
 def test_bad_options_are_errors(model, corpus, options, said) -> None:

@@ -205,3 +205,5 @@ def test_the_plan_counts_what_the_training_takes(finished, texts, tiny_models, t
     unknown = replace(named, training=replace(wanted.training, dictionaries=both))
     with pytest.raises(UserError, match=r"blocks 1, 9 of (?s:.*)0 to 3"):
         sae_train.plan(unknown)
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        sae_train.plan(replace(named, stream=replace(named.stream, buffer_device="gpu")))
