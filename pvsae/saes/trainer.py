@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pvsae.errors import UserError
-from pvsae.runs import atomic_path
+from pvsae.runs import atomic_path, differing_keys
 from pvsae.saes import checkpoint
 from pvsae.saes.dictionary import SAE
 from pvsae.saes.folders import CONFIG, load, save
@@ -222,12 +222,12 @@ def train(
         progress: whether to show a bar.
 
     Raises:
-        UserError: the stream ends before the tokens are reached, a checkpoint of another config, activations that are not finite,
-            and what `check_processes` raises.
+        UserError: the stream ends before the tokens are reached, a checkpoint or dictionaries of another config, activations that
+            are not finite, and what `check_processes` raises.
     """
     folder = Path(folder)
     if finished(config, folder):
-        return [read_back(folder, d.name) for d in config.dictionaries]
+        return read_back(config, folder)
     check_processes(config, group, folder)
     run = _Run(stream, config, folder, device, group)
     if run.done < config.steps:
@@ -236,7 +236,7 @@ def train(
 
 
 def finished(config: TrainConfig, folder: Path) -> bool:
-    """Whether all dictionaries are in the folder."""
+    """Whether all dictionaries are in the folder, by their names; `read_back` looks at what they are."""
     return all((folder / d.name / CONFIG).is_file() for d in config.dictionaries)
 
 
@@ -250,10 +250,24 @@ def check_processes(config: TrainConfig, group: Group, folder: Path) -> None:
         raise UserError(f"batches of {config.batch} tokens on {group.size} processes{of_each}", f"a multiple of {rows}")
 
 
-def read_back(folder: Path, name: str) -> Trained:
-    """A finished dictionary of a training folder."""
-    sae = load(folder / name)
-    return Trained(name, sae, dict(sae.info.training.get("last", {})))
+def read_back(config: TrainConfig, folder: Path) -> list[Trained]:
+    """The dictionaries of a finished training. UserError if they come from another config: names do not tell all of it."""
+    return [_read_back(config, d, folder) for d in config.dictionaries]
+
+
+def _read_back(config: TrainConfig, d: DictionaryConfig, folder: Path) -> Trained:
+    sae = load(folder / d.name)
+    found, mine = (
+        {key: value for key, value in values.items() if key not in _FREE}
+        for values in (dict(sae.info.training.get("config") or {}), _record(config, d))
+    )
+    if other := differing_keys(found, mine):
+        raise UserError(
+            f"{folder / d.name} was trained with another config; it differs in: {', '.join(other)}",
+            "the options that it was trained with",
+            "choose another --out, or delete that folder",
+        )
+    return Trained(d.name, sae, dict(sae.info.training.get("last", {})))
 
 
 class _Run:
@@ -403,7 +417,7 @@ class _Run:
             k=d.k,
             notes=(*source.notes, *([note] if few else [])),
             training={
-                **source.training, "config": {**_plain(self.config), "dictionaries": [asdict(d)]},
+                **source.training, "config": _record(self.config, d),
                 "scale": self.stream.scale[d.block], "tokens": self.done * self.config.batch, "last": last,
                 "versions": {name: version(name) for name in ("pvsae", "torch")},
             },
@@ -421,7 +435,7 @@ class _Run:
                 save(sae, self.folder / d.name)
         if self.grid.width.size > 1:
             self.grid.everyone.wait()
-            return read_back(self.folder, d.name)
+            return _read_back(self.config, d, self.folder)
         return Trained(d.name, sae, last)
 
 
@@ -476,3 +490,8 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     out["dictionaries"] = [asdict(d) for d in config.dictionaries]
     out["step"] = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config.step).items()}
     return out
+
+
+def _record(config: TrainConfig, d: DictionaryConfig) -> dict[str, Any]:
+    """What a dictionary keeps of the config: all but the other dictionaries, which change nothing in it."""
+    return {**_plain(config), "dictionaries": [asdict(d)]}

@@ -148,7 +148,7 @@ def _train(
 
     training = config.training
     if finished(training, path):
-        return [read_back(path, d.name) for d in training.dictionaries], None
+        return read_back(training, path), None
     c = config.model
     model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
     corpus = Corpus(model, config.corpus, progress=progress)

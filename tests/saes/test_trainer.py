@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,22 @@ def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
     train(untouched, config(10), tmp_path, progress=False)
     assert untouched.n == 10, "the stream stands where the checkpoint says, and no step is run"
     assert load(tmp_path / first[1].name).d_sae == 40
+
+
+def test_dictionaries_of_another_config_are_not_given_out_as_those_asked_for(tmp_path: Path) -> None:
+    """Their folders have the same names: learning rate, tokens and the options of a step are in no name."""
+    train(Made(), config(10), tmp_path, progress=False)
+    hotter = tuple(replace(d, lr=1e-2) for d in config().dictionaries)
+    for other, said in (
+        (config(10, dictionaries=hotter), "dictionaries"),
+        (config(20), "tokens"),
+        (config(10, step=StepConfig(clip=None)), "step.clip"),
+    ):
+        with pytest.raises(UserError, match=rf"block-1_width-64_k-4 was trained with another config; it differs in: {said}\n"):
+            train(Made(kill_at=0), other, tmp_path, progress=False)
+    train(Made(kill_at=0), config(10, log_every=1, checkpoint_every=3), tmp_path, progress=False)
+    alone = config(10, dictionaries=config().dictionaries[1:])
+    assert [one.name for one in train(Made(kill_at=0), alone, tmp_path, progress=False)] == ["block-3_width-40_k-3"]
 
 
 def test_the_schedules() -> None:
