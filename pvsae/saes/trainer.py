@@ -210,6 +210,7 @@ def train(
     group: Group = ALONE,
     log: Log | None = None,
     progress: bool = True,
+    at_end: Callable[[], object] | None = None,
 ) -> list[Trained]:
     """Trains every dictionary of the config, from the checkpoint in the folder if there is one, and saves them.
 
@@ -220,6 +221,8 @@ def train(
         group: processes that share the work; the first one writes.
         log: called with every line of metrics.jsonl (for TensorBoard, W&B and the like).
         progress: whether to show a bar.
+        at_end: called when the last step is done and no dictionary is saved yet. Whoever is killed later finds the dictionaries,
+            and the stream that made them is not asked again.
 
     Raises:
         UserError: the stream ends before the tokens are reached, a checkpoint or dictionaries of another config, activations that
@@ -232,6 +235,8 @@ def train(
     run = _Run(stream, config, folder, device, group)
     if run.done < config.steps:
         run.train(log, progress)
+    if at_end is not None:
+        at_end()
     return [run.finish(i) for i in range(len(config.dictionaries))]
 
 

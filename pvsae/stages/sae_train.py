@@ -33,7 +33,6 @@ from pvsae.stages.inputs import pin
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
-    from pvsae.saes.stream import ActivationStream
 
 __all__ = ["COMMAND", "SaeTrainConfig", "SaeTrainResult", "load_config", "plan", "run"]
 
@@ -91,9 +90,9 @@ def run(
             folder = RunDir.open(path, COMMAND, config.identity(), config.corpus.seed)
             atomic_write_text(path / "config.yaml", settings.dump(config))
         with open_logs(logs if first else (), path, settings.plain(config)) as log:
-            trained, stream = _train(config, path, folder, model, group, log, progress and first)
+            trained = _train(config, path, folder, model, group, log, progress and first)
         if folder is not None:
-            _write(folder, config, trained, stream)
+            _write(folder, config, trained)
             checkpoint.remove(path)  # as large as the buffer and the weights; the dictionaries are whole
     finally:
         if folder is not None:
@@ -140,15 +139,15 @@ def _train(
     group: Group,
     log: Log | None,
     progress: bool,
-) -> tuple[list[Trained], ActivationStream | None]:
-    """The dictionaries, and the stream that they came from; None where they were there already."""
+) -> list[Trained]:
+    """The dictionaries; where they are not there already, what was read and left out of the text is written down before them."""
     from pvsae.models import load as load_model
     from pvsae.saes.corpus import Corpus
     from pvsae.saes.stream import ActivationStream
 
     training = config.training
     if finished(training, path):
-        return read_back(training, path), None
+        return read_back(training, path)
     c = config.model
     model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
     corpus = Corpus(model, config.corpus, progress=progress)
@@ -156,7 +155,12 @@ def _train(
     stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group, about=about)
     if folder is not None:
         pin(folder, model, {"corpus": corpus.fingerprint})
-    return train(stream, training, path, device=model.device, group=group, log=log, progress=progress), stream
+
+    def at_end() -> None:
+        if folder is not None:
+            folder.do_json("text", lambda: {"sources": corpus.describe(), "counts": stream.counts})
+
+    return train(stream, training, path, device=model.device, group=group, log=log, progress=progress, at_end=at_end)
 
 
 def _table(config: SaeTrainConfig, trained: list[Trained]) -> pd.DataFrame:
@@ -167,14 +171,12 @@ def _table(config: SaeTrainConfig, trained: list[Trained]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _write(folder: RunDir, config: SaeTrainConfig, trained: list[Trained], stream: ActivationStream | None) -> None:
+def _write(folder: RunDir, config: SaeTrainConfig, trained: list[Trained]) -> None:
     """Tables and summary."""
     table = _table(config, trained)
     folder.table("dictionaries", table)
     lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     folder.table("metrics", pd.DataFrame([json.loads(line) for line in lines]))
-    if stream is not None:  # what was read and left out is known only where the stream has run
-        folder.do_json("text", lambda: {"sources": stream.corpus.describe(), "counts": stream.counts})
     text = folder.do_json("text", lambda: {"sources": [], "counts": {}})
     folder.result(_summary(config, table, text))
 
