@@ -9,7 +9,8 @@ Does not know: how YAML becomes dataclasses and how mistakes are said (settings.
     training: {dictionaries: {block: 3, d_sae: [512, 1024], k: 8}, tokens: 1e6}      see trainer.TrainConfig
 
 `dictionaries` is one entry or a list of them. A value of an entry may be a list: every combination is trained, all of them from
-the same forward passes.
+the same forward passes. Each has a folder of its own, called after its block, width, k and seed, and after its learning
+rate where nothing else tells it from another.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class DictionaryConfig:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Its folder's name, but for learning rates side by side, see TrainConfig.names."""
         return f"block-{self.block}_width-{self.d_sae}_k-{self.k:g}" + (f"_seed-{self.seed}" if self.seed else "")
 
     @property
@@ -147,15 +147,22 @@ class TrainConfig:
         if not self.k_start > 0:
             raise UserError(f"k_start is {self.k_start}", "a positive number")
         _check_step(self.step)
-        names = [d.name for d in self.dictionaries]
-        if len(set(names)) < len(names):
+        if len(set(self.names)) < len(self.names):
             raise UserError(
-                f"two dictionaries are the same: {max(names, key=names.count)}", "another block, width, k or seed each"
+                f"two dictionaries are the same: {max(self.names, key=self.names.count)}",
+                "another block, width, k, seed or lr each",
             )
 
     @property
     def steps(self) -> int:
         return self.tokens // self.batch
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Folders of the dictionaries, in their order; where nothing but the learning rate tells some apart, with that."""
+        names = [d.name for d in self.dictionaries]
+        rates = [f"_lr-{d.peak_lr:g}" if names.count(d.name) > 1 else "" for d in self.dictionaries]
+        return tuple(name + rate for name, rate in zip(names, rates, strict=True))
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -242,7 +249,7 @@ def train(
 
 def finished(config: TrainConfig, folder: Path) -> bool:
     """Whether all dictionaries are in the folder, by their names; `read_back` looks at what they are."""
-    return all((folder / d.name / CONFIG).is_file() for d in config.dictionaries)
+    return all((folder / name / CONFIG).is_file() for name in config.names)
 
 
 def check_processes(config: TrainConfig, group: Group, folder: Path) -> None:
@@ -257,22 +264,23 @@ def check_processes(config: TrainConfig, group: Group, folder: Path) -> None:
 
 def read_back(config: TrainConfig, folder: Path) -> list[Trained]:
     """The dictionaries of a finished training. UserError if they come from another config: names do not tell all of it."""
-    return [_read_back(config, d, folder) for d in config.dictionaries]
+    return [_read_back(config, i, folder) for i in range(len(config.dictionaries))]
 
 
-def _read_back(config: TrainConfig, d: DictionaryConfig, folder: Path) -> Trained:
-    sae = load(folder / d.name)
+def _read_back(config: TrainConfig, i: int, folder: Path) -> Trained:
+    name = config.names[i]
+    sae = load(folder / name)
     found, mine = (
         {key: value for key, value in values.items() if key not in _FREE}
-        for values in (dict(sae.info.training.get("config") or {}), _record(config, d))
+        for values in (dict(sae.info.training.get("config") or {}), _record(config, config.dictionaries[i]))
     )
     if other := differing_keys(found, mine):
         raise UserError(
-            f"{folder / d.name} was trained with another config; it differs in: {', '.join(other)}",
+            f"{folder / name} was trained with another config; it differs in: {', '.join(other)}",
             "the options that it was trained with",
             "choose another --out, or delete that folder",
         )
-    return Trained(d.name, sae, dict(sae.info.training.get("last", {})))
+    return Trained(name, sae, dict(sae.info.training.get("last", {})))
 
 
 class _Run:
@@ -324,8 +332,8 @@ class _Run:
                     stats, begun = self._read(begun, self.done), []
                 before = begun
                 if logs:
-                    for i, (d, s) in enumerate(zip(config.dictionaries, stats, strict=True)):
-                        self.last[i] = {"step": self.done, "tokens": self.done * config.batch, "dictionary": d.name, **asdict(s)}
+                    for i, (name, s) in enumerate(zip(config.names, stats, strict=True)):
+                        self.last[i] = {"step": self.done, "tokens": self.done * config.batch, "dictionary": name, **asdict(s)}
                         if writes:
                             print(json.dumps(self.last[i]), file=file, flush=True)
                         if log is not None and writes:
@@ -356,10 +364,10 @@ class _Run:
     def _read(self, begun: Sequence[Reading], step: int) -> list[StepStats]:
         """Statistics of a step, counted from 1. UserError if a loss is not finite."""
         stats = [read() for read in begun]
-        for d, s in zip(self.config.dictionaries, stats, strict=False):
+        for name, s in zip(self.config.names, stats, strict=False):
             if not math.isfinite(s.loss):
                 raise UserError(
-                    f"the loss of {d.name} is {s.loss} at step {step}",
+                    f"the loss of {name} is {s.loss} at step {step}",
                     "a finite loss",
                     "lower lr, or look for activations that are far too large (outlier_multiple)",
                 )
@@ -408,7 +416,7 @@ class _Run:
     # --------------------------------------------------------------------------------------------------------------- end
     def finish(self, i: int) -> Trained:
         """Sets the threshold on held-out tokens, folds the scale, saves."""
-        d, learner = self.config.dictionaries[i], self.learners[i]
+        d, name, learner = self.config.dictionaries[i], self.config.names[i], self.learners[i]
         held_out = self._scaled(self.stream.held_out(self.config.calibration_tokens))[d.block]
         threshold = calibrated_threshold(learner, held_out, d.k)
         # In the units of the saved dictionary, whose threshold it is, and not of the lines of metrics.
@@ -434,14 +442,14 @@ class _Run:
             arrays = [t for t in gathered if t is not None]
         if arrays:  # here is the whole dictionary
             W_enc, b_enc, W_dec = arrays
-            ref, scale = str(self.folder / d.name), self.stream.scale[d.block]
+            ref, scale = str(self.folder / name), self.stream.scale[d.block]
             sae = SAE(W_enc.T, b_enc, W_dec, learner.b_dec, threshold, info=info, ref=ref).unscaled(scale)
             if self.grid.everyone.rank == 0:
-                save(sae, self.folder / d.name)
+                save(sae, self.folder / name)
         if self.grid.width.size > 1:
             self.grid.everyone.wait()
-            return _read_back(self.config, d, self.folder)
-        return Trained(d.name, sae, last)
+            return _read_back(self.config, i, self.folder)
+        return Trained(name, sae, last)
 
 
 def calibrated_threshold(learner: Learner, x: Float[Tensor, "n d_model"], k: float) -> float:

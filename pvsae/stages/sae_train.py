@@ -126,7 +126,10 @@ def plan(config: SaeTrainConfig) -> str:
     lines = [
         f"model     {config.model.name}: {shape.n_blocks} blocks of {shape.d_model}, {shape.parameters / 1e6:,.4g}M parameters "
         f"in {kind} on {device}",
-        *(f"trains    {d.name}, learning rate {d.peak_lr:.2g}" for d in config.training.dictionaries),
+        *(
+            f"trains    {name}, learning rate {d.peak_lr:.2g}"
+            for name, d in zip(config.training.names, config.training.dictionaries, strict=True)
+        ),
     ]
     return "\n".join([*lines, str(found)])
 
@@ -167,7 +170,7 @@ def _table(config: SaeTrainConfig, trained: list[Trained]) -> pd.DataFrame:
     rows = []
     for d, one in zip(config.training.dictionaries, trained, strict=True):
         known = {"block": d.block, "d_sae": d.d_sae, "k": d.k, "seed": d.seed, **one.last}
-        rows.append({"dictionary": d.name, **{shown: known.get(name) for name, shown in _SHOWN.items()}})
+        rows.append({"dictionary": one.name, **{shown: known.get(name) for name, shown in _SHOWN.items()}})
     return pd.DataFrame(rows)
 
 

@@ -183,6 +183,17 @@ def test_dictionaries_of_another_config_are_not_given_out_as_those_asked_for(tmp
     assert [one.name for one in train(Made(kill_at=0), alone, tmp_path, progress=False)] == ["block-3_width-40_k-3"]
 
 
+def test_a_grid_of_learning_rates_is_trained_into_folders_of_their_own(tmp_path: Path) -> None:
+    both = tuple(DictionaryConfig(block=1, d_sae=64, k=4, lr=lr) for lr in (1e-3, 3e-3))
+    names = ["block-1_width-64_k-4_lr-0.001", "block-1_width-64_k-4_lr-0.003"]
+    made = train(Made(), config(20, dictionaries=both), tmp_path, progress=False)
+    assert [one.name for one in made] == [one.last["dictionary"] for one in made] == names
+    again = train(Made(kill_at=0), config(20, dictionaries=both), tmp_path, progress=False)
+    alone = train(Made(), config(20, dictionaries=both[1:]), tmp_path / "alone", progress=False)
+    assert torch.equal(again[1].sae.W_dec, alone[0].sae.W_dec)
+    assert not torch.equal(again[0].sae.W_dec, again[1].sae.W_dec)
+
+
 def test_the_schedules() -> None:
     c = config(1000, warmup=100, decay=0.2, k_anneal=0.5, k_start=8)
     assert [c.lr_share(s) for s in (100, 500, 799)] == [1.0, 1.0, 1.0]
