@@ -8,7 +8,8 @@ that, their results are compared. --tiles also times the encoder with other shap
 
 Whole steps are those of a training: the loss, all gradients, the optimiser, threshold and dead counting, on batches that change.
 Ours takes turns with one other trainer at a time (three dictionaries of this size do not fit a GPU): the eager path, SAELens in
-fp32, SAELens in bf16 autocast; then with a tenth of the latents dead.
+fp32, SAELens in bf16 autocast; then with a tenth of the latents dead. Tokens a second are the median of our turns beside SAELens
+in fp32, no latent dead.
 
 Without a CUDA GPU, or without Triton, nothing is run: every check says "not measured", and nothing passes or fails. --check runs
 all of it on a tiny shape, in Triton's interpreter where there is no GPU (TRITON_INTERPRET=1): results are compared, times mean
@@ -43,6 +44,7 @@ OTHERS = ("eager", "saelens", "saelens_bf16")
 TARGETS = {"eager": ">= 1.0", "saelens": ">= 4.0", "saelens_bf16": ">= 4.0"}
 STEPS = 5  # in a turn of whole steps, each on a batch of its own
 TOKENS_PER_SECOND = ">= 150000"  # on an H100, at the full shape
+SPEED_OF = "saelens.live"  # the race whose median is the speed: one named beforehand, where the best of several would be luck
 AGREES = ("selection", "decode", "value_grads", "weight_grads", "adam")
 
 
@@ -220,9 +222,9 @@ def measure(shape: Shape, rounds: int, tiles: bool) -> tuple[list[dict[str, Any]
             print(f"step, {kind:5} " + "  ".join(f"{way} {n:12,.0f} tokens/s" for way, n in speed.items()))
             if kind == "live":
                 checks.append(check(f"sae_kernels.step.speed_over_{other}", over, TARGETS[other]))
-    best = max(found["tokens_per_second"]["triton"] for found in details["steps"].values())
     if shape == FULL:
-        checks.append(check("sae_kernels.step.tokens_per_second", best, TOKENS_PER_SECOND))
+        speed = details["steps"][SPEED_OF]["tokens_per_second"]["triton"]
+        checks.append(check("sae_kernels.step.tokens_per_second", speed, TOKENS_PER_SECOND))
     return checks, details
 
 
