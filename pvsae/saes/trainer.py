@@ -16,6 +16,7 @@ and the threshold at the end, so a saved dictionary takes raw residuals.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -307,13 +308,13 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------------- steps
     def train(self, log: Log | None, progress: bool) -> None:
         """Runs to the last step."""
-        config, rank = self.config, self.grid.everyone.rank
+        config = self.config
         share = config.batch // self.grid.data.size
         first = self.grid.data.rank * share
-        writes = rank == 0
+        writes = self.grid.everyone.rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
-            (self.folder / ("metrics.jsonl" if writes else f".metrics-{rank}.jsonl")).open("a") as file,
+            (self.folder / "metrics.jsonl").open("a") if writes else contextlib.nullcontext() as file,
             tqdm(
                 total=config.steps * config.batch, initial=self.done * config.batch, desc="training", unit="tok",
                 unit_scale=True, disable=not (progress and writes),
