@@ -51,10 +51,12 @@ class StreamConfig:
         outlier_multiple: tokens whose norm is above so many times the running median are left out (the paper's dictionaries:
             10); None leaves none out. A token that is an outlier at one block is left out for all blocks of the pass, since
             their batches hold the same tokens.
-        calibration_tokens: tokens on which scale and first median are measured, held-out ones if there are any.
+        calibration_tokens: tokens on which scale and first median are measured, held-out ones if there are any. If there are
+            fewer, those are used, and `info` has a note that says so.
         shards: folder in which activations are kept, so that other runs on the same model, corpus, blocks and batch_tokens read
             them in place of running the model; None keeps none.
-        overlap: on a GPU, compute the next pass while the last batch is being used.
+        overlap: on a GPU, compute the next pass while the last batch is being used. It does nothing beside `shards`, whose passes
+            are run, or read, when they are needed.
         seed: of the buffer and the order of passes.
     """
 
@@ -283,7 +285,8 @@ class ActivationStream:
 
     def info(self, block: int) -> SAEInfo:
         """What a dictionary of this stream should keep of it; a trainer adds its own part."""
-        config = self.corpus.config
+        config, measured, wanted = self.corpus.config, self.calibration.tokens, self.config.calibration_tokens
+        note = f"its scale and the first median of norms were measured on {measured:,} tokens, of {wanted:,} wanted"
         return SAEInfo(
             model=self.model.name,
             block=block,
@@ -294,6 +297,7 @@ class ActivationStream:
             context_size=config.context,
             dataset=", ".join(source.name for source in config.sources),
             training={**self.about, "corpus": plain(config)},
+            notes=(note,) if measured < wanted else (),
         )
 
     # ------------------------------------------------------------------------------------------------------ calibration
