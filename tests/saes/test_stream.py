@@ -318,17 +318,22 @@ def test_outliers_are_left_out_counted_and_kept_in_the_filter(sinking) -> None:
 def test_an_outlier_at_one_block_is_left_out_for_all(sinking, monkeypatch) -> None:
     model, corpus, _ = sinking
     some = stream(model, corpus, (0, 2), outlier_multiple=10.0)
-    real = some._harvest
+    assert some.scale  # measured before anything is planted
+    real, planted_at = some._harvest, []
+    inliers_before = {tuple(b[2][0].tolist()) for b in stream(model, corpus, (0, 2), outlier_multiple=10.0).batches(1)}
 
     def planted(rows):
         found = real(rows)
         found[0][5] *= 1e4
+        planted_at.append(tuple(found[2][5].tolist()))
         return found
 
     monkeypatch.setattr(some, "_harvest", planted)
     batches = list(some.batches(1))
-    assert all(len(b[0]) == len(b[2]) == 1 for b in batches)
     assert not any(some.outliers[0].outliers(b[0]).any() for b in batches)
+    usual = {at for at in planted_at if at in inliers_before}
+    assert len(usual) > 5, "tokens that nothing but their residual at block 0 makes outliers"
+    assert not usual & {tuple(b[2][0].tolist()) for b in batches}, "they are left out of block 2, too"
 
 
 def test_held_out_comes_with_or_without_outliers_and_scale_is_measured_without(sinking) -> None:
@@ -342,6 +347,15 @@ def test_held_out_comes_with_or_without_outliers_and_scale_is_measured_without(s
     without = stream(model, corpus, outlier_multiple=None)
     assert without.outliers == {}
     assert len(without.held_out(100_000)[1]) == len(every[1])
+
+
+def test_a_scale_from_fewer_tokens_than_wanted_is_noted(model, corpus) -> None:
+    some = stream(model, corpus, calibration_tokens=50_000)
+    assert 0 < some.calibration.tokens < 50_000
+    assert some.info(1).notes == (
+        f"its scale and the first median of norms were measured on {some.calibration.tokens:,} tokens, of 50,000 wanted",
+    )
+    assert stream(model, corpus).info(1).notes == ()
 
 
 def test_the_running_median_follows(model, corpus) -> None:
