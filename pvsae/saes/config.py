@@ -29,8 +29,8 @@ from pvsae.saes.shipped import find
 from pvsae.saes.stream import StreamConfig
 from pvsae.saes.trainer import DictionaryConfig, TrainConfig
 
-# What may change between the start of a training and its end: where and how the work is done, and not which work. On the same device
-# none of it moves a number; another one multiplies and sums in its own ways. (A checkpoint refuses other width_shards.)
+# What may change between the start of a training and its end: where and how the work is done, and not which work. On the same
+# device none of it moves a number; another one multiplies and sums in its own ways. (A checkpoint refuses other width_shards.)
 _FREE = {
     "about": None, "model": ("device",), "stream": ("overlap", "buffer_device", "shards"),
     "training": ("log_every", "checkpoint_every", "width_shards"),

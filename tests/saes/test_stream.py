@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from itertools import islice
@@ -165,6 +166,53 @@ def test_an_open_walk_goes_on_from_what_was_restored(model, corpus) -> None:
     some.restore(state)
     assert equal(list(islice(batches, 4)), wanted)
     assert not equal(first, wanted)
+
+
+class Queue:
+    """Stands in for a CUDA stream and its events, on a machine without any: all work is done at once."""
+
+    waited = 0
+
+    def record_event(self) -> object:
+        return object()
+
+    def wait_event(self, event: object) -> None:
+        assert event is not None
+        self.waited += 1
+
+
+def test_a_pass_that_is_computed_ahead_is_neither_lost_nor_given_twice(model, corpus, monkeypatch) -> None:
+    main = Queue()
+    monkeypatch.setattr(torch.cuda, "stream", lambda queue: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, queue: None)
+
+    def ahead():
+        some = stream(model, corpus)
+        some._side = Queue()
+        return some
+
+    whole = list(stream(model, corpus).batches(60))
+    first = ahead()
+    batches = first.batches(60)
+    n_ahead = 0
+    for at in range(len(whole) + 1):
+        if at % 5 == 0 or at == len(whole):
+            n_ahead += first._ahead is not None
+            state = first.state()
+            for fresh in (ahead(), stream(model, corpus)):
+                fresh.restore(state)
+                assert equal(list(fresh.batches(60)), whole[at:]), at
+        if at < len(whole):
+            assert equal([next(batches)], whole[at : at + 1])
+    assert n_ahead > 2
+    assert main.waited > 3, "a pass is waited for before it is used"
+    first = ahead()
+    batches = first.batches(60)
+    state, early = first.state(), list(islice(batches, 3))
+    assert first._ahead is not None
+    first.restore(state)
+    assert equal(list(islice(batches, 3)), early), "what was computed ahead of another place is not taken"
 
 
 def test_resuming_tokenises_nothing(model, corpus, monkeypatch) -> None:
