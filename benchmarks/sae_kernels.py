@@ -35,6 +35,7 @@ from benchmarks.generation import ratio, take_turns
 from benchmarks.peers import PEERS, Recipe, Trainee
 from benchmarks.record import check, record
 from benchmarks.sae_training import DEAD_SHARE, batches
+from pvsae.errors import UserError
 from pvsae.saes.kernels import eager
 from pvsae.saes.kernels import triton as kernels
 
@@ -299,4 +300,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
