@@ -4,10 +4,10 @@
     python -m analyses.feature_truth --dictionaries runs/sae/block-3_width-1024_k-8 ...      trained dictionaries, as they are
     python -m analyses.feature_truth --set training.dictionaries.k=4 corpus.tokens=all       another config than the shipped one
 
-Trains the model's shipped dictionary with two seeds, reads conversations that it never saw, and takes the purity of each
-feature's 100 strongest activations: the share that falls in sentences of the trait, or of one facet. For every trait three
-decompositions of its vector are held against that: highest cosine, difference of encodings, non-negative pursuit. Beside the
-cosines and the pursuits stand those of null vectors: the same pairs of answers, half of them with their labels swapped.
+Trains the shipped dictionary (`MODEL-facets`, or `MODEL`) with two seeds, reads conversations that it never saw, and takes the
+purity of each feature's 100 strongest activations: the share that falls in sentences of the trait, or of one facet. For every
+trait three decompositions of its vector are held against that: highest cosine, difference of encodings, non-negative pursuit.
+Beside cosines and pursuits stand those of null vectors: the same pairs of answers, half of them with their labels swapped.
 
 Knows: the embedded models' language, the targets, how rankings are scored. Does not know: how dictionaries are trained or
 vectors extracted.
@@ -37,6 +37,7 @@ from pvsae.models import ChatModel
 from pvsae.organism.labelled import conversations, labels
 from pvsae.reports.figures import BLUE, GREY, INK, ORANGE, PALE
 from pvsae.runs import atomic_path
+from pvsae.saes import shipped
 from pvsae.saes.config import load_config
 from pvsae.saes.dictionary import SAE
 from pvsae.saes.encodings import encode_pairs
@@ -82,6 +83,12 @@ class Judge:
         return Found(round(precision[FIRST] * FIRST), found, precision)
 
 
+def config_for(model: str) -> str:
+    """The shipped config of a model whose latents are meant to mean facets, or the model's only one."""
+    narrow = f"{model}-facets"
+    return narrow if narrow in shipped.names() else model
+
+
 def dictionaries(args: argparse.Namespace, model: ChatModel, out: Path) -> list[SAE]:
     """Those given, or the model's shipped config trained with each seed, from the same forward passes."""
     if args.dictionaries:
@@ -89,7 +96,7 @@ def dictionaries(args: argparse.Namespace, model: ChatModel, out: Path) -> list[
     assignments = [f"training.dictionaries.seed={list(range(args.seeds))}", *args.set]
     if args.quick:
         assignments.append("training.tokens=1e5")
-    config = load_config(args.config or args.model, assignments)
+    config = load_config(args.config or config_for(args.model), assignments)
     trained = sae_train.run(config, out / "sae", model=model)
     return [load_sae(folder) for folder in trained.folders.values()]
 
@@ -219,7 +226,7 @@ def checks_of(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--config", help="config of the dictionary (default: the shipped one of the model)")
+    options.add_argument("--config", help="config of the dictionary (default: MODEL-facets, or MODEL where that is not shipped)")
     options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the config")
     options.add_argument("--dictionaries", nargs="+", type=Path, help="folders of trained dictionaries, instead of training")
     options.add_argument("--seeds", type=int, default=2, help="dictionaries to train (default: 2)")

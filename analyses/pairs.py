@@ -31,13 +31,18 @@ class Pairs:
     questions: list[int]
 
 
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of an analysis' run folders: the one given as --out, else one that all analyses of the model share."""
+    name = args.model.strip("/").split("/")[-1]
+    return args.out or Path("runs") / f"analysis-{name}{'-quick' if args.quick else ''}"
+
+
 def vectors_of(args: argparse.Namespace, model: ChatModel) -> tuple[Path, Path]:
     """Where vectors and rollouts are: in the folder given as --vectors, else all traits are extracted, once for all analyses.
 
     Returns: (folder of the analysis' run folders, folder with a folder a trait).
     """
-    name = args.model.strip("/").split("/")[-1]
-    out = args.out or Path("runs") / f"analysis-{name}{'-quick' if args.quick else ''}"
+    out = folder_of(args)
     if args.vectors is not None:
         return out, args.vectors
     options: dict[str, Any] = {"model": args.model, "judge": args.judge, "judge_url": args.judge_url, "library": args.library}

@@ -15,7 +15,7 @@ Knows: which cosines to take. Does not know: how vectors are extracted, dictiona
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +43,11 @@ ATOMS = 50
 SPACES = ("residual stream", "difference of encodings", "pursuit")
 
 
-def dictionary(given: str | None, config: str, model: ChatModel, out: Path) -> SAE:
-    """The given one, or that of the model's shipped config, trained where it is not there yet."""
+def dictionary(given: str | None, config: str, model: ChatModel, out: Path, changes: Sequence[str] = ()) -> SAE:
+    """The given one, or that of a config with some changes, trained where it is not there yet."""
     if given:
         return load_sae(given)
-    (folder,) = sae_train.run(load_config(config), out / "sae", model=model).folders.values()
+    (folder,) = sae_train.run(load_config(config, changes), out / "sae", model=model).folders.values()
     return load_sae(folder)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from analyses.feature_truth import Judge
+from analyses.feature_truth import Judge, config_for
 from analyses.vector_geometry import cosines, off_diagonal
 from pvsae.saes.dictionary import SparseActs
 from pvsae.saes.labelled import Labels
@@ -43,3 +43,8 @@ def test_cosines_are_those_of_the_vectors():
     assert table.loc["b", "b"] == pytest.approx(1.0)
     assert math.isnan(table.loc["a", "c"])
     assert off_diagonal(table)[0] == pytest.approx(math.sqrt(0.5))
+
+
+def test_the_config_for_facets_is_taken_where_a_model_has_one() -> None:
+    assert config_for("organism") == "organism-facets"
+    assert config_for("organism-llama") == "organism-llama"

@@ -9,7 +9,7 @@ import argparse
 
 from pvsae.errors import UserError
 
-_OF_FEATURES = ("mode", "together", "activity", "activity_tokens", "prefilter", "prefix")
+_OF_FEATURES = ("mode", "together", "activity", "activity_tokens", "prefilter", "prefix", "questions")
 _OF_VECTORS = ("layers", "multi_layer")
 
 
@@ -39,6 +39,10 @@ def add_options(steer: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefilter", type=int, metavar="N", help="only the N features that change most what is said (output score)"
     )
+    group.add_argument(
+        "--questions", choices=("eval", "extract"),
+        help="extract: those that vectors are made from, to choose features on that eval then measures (default: eval)",
+    )  # fmt: skip
     group.add_argument("--prefix", metavar="TEXT", help="neutral text for --prefilter (default: From my experience,)")
 
 

@@ -137,3 +137,14 @@ def chats() -> Iterator[dict[str, Any]]:
     rng = random.Random(0)
     while True:
         yield {"messages": list(conversation(rng).messages)}
+
+
+def personas() -> Iterator[dict[str, Any]]:
+    """Conversations in which a persona always expresses itself, without end, always the same ones, as the rows of a corpus.
+
+    All traits and all of their facets occur, each far more often than in `chats`.
+    """
+    rng = random.Random("personas")
+    while True:
+        wish = random_wish(rng)
+        yield {"messages": list(open_conversation(Wish(wish.trait, 1.0, wish.facet), rng).messages)}

@@ -95,6 +95,8 @@ def demand(
         "gradients": largest // shards * GRADIENT,
         f"shuffle buffer{elsewhere}": buffer,
     }
+    if device.type == "cuda" and training.step.product in ("auto", "bfloat16"):
+        memory["encoders in bf16"] = sum(d.d_sae for d in training.dictionaries) // shards * shape.d_model * 2
     if shards > 1:
         memory["a whole dictionary at the end (in the main memory of the first process)"] = largest * WEIGHT
     tokens = training.steps * training.batch

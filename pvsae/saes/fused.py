@@ -6,7 +6,8 @@ Does not know: gradients, losses, or what a step is (step.py).
 
 What the host reads in a step, and why it does not hold the device up: how many pre-activations passed the bound, which decides
 whether a selection that was queued already is the right one (encode.py); how many latents are dead, a number from before the
-product; and the last step's statistics. Processes that share tokens or latents also read how many of the kept pairs are their own.
+product; and the last step's statistics. Processes that share tokens or latents also read how many of the kept pairs are their
+own.
 """
 
 from __future__ import annotations

@@ -110,6 +110,7 @@ class Learner:
         device: torch.device | str = "cpu",
         product_dtype: torch.dtype | None = None,
         grid: Grid = SINGLE,
+        memory: list[Tensor] | None = None,
     ) -> None:
         """Random unit rows in the decoder, the encoder their transpose.
 
@@ -118,6 +119,7 @@ class Learner:
             center: where b_dec starts, e.g. the geometric median of some activations; 0 by default.
             product_dtype: of the encoder's product, int8 for the screen; None is what the config says.
             grid: the processes that tokens and latents are shared with; this one has an equal run of the d_sae latents.
+            memory: where gradients are written on a CPU, made when it is first needed; learners that take turns may share it.
         """
         self.config, self.grid = config, grid
         on_cpu, n = torch.device(device).type == "cpu", d_sae // grid.width.size
@@ -132,7 +134,7 @@ class Learner:
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
         # What is carried from step to step stays on the device where a step leaves it there.
         self.guess: float | Tensor | None = None  # the last step's smallest kept activation
-        self.memory: list[Tensor] = []  # that gradients are written to; new memory costs more than what is done in it
+        self.memory = [] if memory is None else memory  # new memory costs more than what is done in it
         self.change: float | Tensor = 0.02  # running mean of the guess' relative change from step to step
         self.rest = 0  # steps that the int8 screen still rests for
         self.threshold_mean: float | Tensor = 0.0
@@ -171,9 +173,9 @@ class Learner:
         find = dead.find_later(self.silent_for, config.dead_after, dead.MOST_DEAD * self.aux_k, tokens, grid.width)
         kept, threshold = self.fused.select(x, k, GUESS_CHANGES) if self.fused else self.select(x, k)
         dying = find()
-        if not self.memory and x.device.type == "cpu" and not self.fused:
-            self.memory = [kernels.large(*self.W_enc.shape) for _ in range(2)]
-        gradients, sums = self.gradients(x, kept, dying, *self.memory)
+        if x.device.type == "cpu" and not self.fused and not (self.memory and len(self.memory[0]) >= self.d_sae):
+            self.memory[:] = [kernels.large(*self.W_enc.shape) for _ in range(2)]
+        gradients, sums = self.gradients(x, kept, dying, *(rows[: self.d_sae] for rows in self.memory))
         gradients.sum_(grid)
         norm = gradients.norm(grid)
         self.fused.update(gradients, norm, lr) if self.fused else self._update(gradients, float(norm), lr)

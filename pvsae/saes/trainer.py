@@ -10,8 +10,8 @@ A training folder::
     checkpoint.pt            everything that the next step depends on, the stream included; checkpoint.STEP.*.pt are parts of it
     NAME/                    each finished dictionary, in SAELens' layout
 
-Activations are multiplied by the stream's scale before a step (mean square norm d_model), and the scale is folded into the biases
-and the threshold at the end, so a saved dictionary takes raw residuals.
+Activations are scaled before a step (TrainConfig.unit), and the scale is folded into the biases and the threshold at the end, so
+a saved dictionary takes raw residuals.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ from pvsae.saes.kernels import CHOICES, PRODUCTS
 from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.step import Learner, StepConfig, StepStats
 
-_FREE = ("log_every", "checkpoint_every", "width_shards")  # what may change on the way; checkpoint.py has the last word
+UNITS = ("element", "token")
+# What may change on the way (checkpoint.py has the last word), and what of it is not to be seen in a dictionary.
+_FREE = ("log_every", "checkpoint_every", "width_shards", "drop_dead")
+_UNSEEN = ("log_every", "checkpoint_every", "width_shards")
 
 Batch = Mapping[int, Tensor]
 Log = Callable[[dict[str, Any]], None]
@@ -107,7 +110,11 @@ class TrainConfig:
         k_anneal: share of the steps over which k falls linearly from `k_start` times its value; 0 for none.
         k_start: see k_anneal.
         calibration_tokens: held-out tokens on which the final threshold is set.
+        drop_dead: leave latents that are dead at the end out of the finished dictionary. The dead-latent loss has turned them
+            towards what the others leave over, so they would be among the rows nearest to a persona vector and mean nothing.
         log_every, checkpoint_every: steps.
+        unit: what has a mean square of 1 after scaling: "element", so that |x|^2 is d_model on average, or "token", so that it
+            is 1, as dictionary_learning does it. Adam hardly sees the difference, but the clip and the biases' learning rate do.
         width_shards: processes that share the latents of each dictionary, for those that outgrow one GPU. The number of all
             processes (torchrun's) is a multiple of it, and so is every d_sae; if there are more, they share the tokens.
         step: what a step does.
@@ -121,8 +128,10 @@ class TrainConfig:
     k_anneal: float = 0.0
     k_start: float = 8.0
     calibration_tokens: int = 16_384
+    drop_dead: bool = False
     log_every: int = 10
     checkpoint_every: int = 1000
+    unit: str = "element"
     width_shards: int = 1
     step: StepConfig = field(default_factory=StepConfig)
 
@@ -130,6 +139,8 @@ class TrainConfig:
         for name in ("tokens", "batch", "calibration_tokens", "log_every", "checkpoint_every", "width_shards"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
+        if self.unit not in UNITS:
+            raise UserError(f"unit is {self.unit!r}", "one of " + ", ".join(UNITS))
         if not self.dictionaries:
             raise UserError("no dictionary to train", "at least one of dictionaries: {block, d_sae, k}")
         if self.steps < 1:
@@ -272,7 +283,7 @@ def _read_back(config: TrainConfig, i: int, folder: Path) -> Trained:
     name = config.names[i]
     sae = load(folder / name)
     found, mine = (
-        {key: value for key, value in values.items() if key not in _FREE}
+        {key: value for key, value in values.items() if key not in _UNSEEN}
         for values in (dict(sae.info.training.get("config") or {}), _record(config, config.dictionaries[i]))
     )
     if other := differing_keys(found, mine):
@@ -296,11 +307,14 @@ class _Run:
         # The first tokens of the stream's own beginning are held out, so looking at them takes nothing from training.
         held_out = None if saved else self._scaled(stream.held_out(config.calibration_tokens))
         self.learners: list[Learner] = []
+        memory: list[Tensor] = []  # one for all: gradients are used up within a step
         for i, d in enumerate(config.dictionaries):
             sample = held_out[d.block] if held_out else None
             width = sample.shape[1] if sample is not None else saved["learners"][i]["parameters"][3].shape[0]  # type: ignore[index]
             center = geometric_median(sample.float()) if sample is not None else None
-            self.learners.append(Learner(width, d.d_sae, config.step, seed=d.seed, center=center, device=device, grid=self.grid))
+            self.learners.append(
+                Learner(width, d.d_sae, config.step, seed=d.seed, center=center, device=device, grid=self.grid, memory=memory)
+            )
         if saved:
             self._restore(saved)
         self._trim_metrics()
@@ -375,7 +389,11 @@ class _Run:
         return stats
 
     def _scaled(self, batch: Batch) -> dict[int, Tensor]:
-        return {b: x.to(self.device, torch.float32) * self.stream.scale[b] for b, x in batch.items()}
+        return {b: x.to(self.device, torch.float32) * self._scale(b, x.shape[1]) for b, x in batch.items()}
+
+    def _scale(self, block: int, d_model: int) -> float:
+        """What residuals of a block are multiplied by; the stream's own scale makes their mean square norm d_model."""
+        return self.stream.scale[block] * (d_model**-0.5 if self.config.unit == "token" else 1.0)
 
     # ------------------------------------------------------------------------------------------------------- checkpoints
     def save(self) -> None:
@@ -419,31 +437,39 @@ class _Run:
         """Sets the threshold on held-out tokens, folds the scale, saves."""
         d, name, learner = self.config.dictionaries[i], self.config.names[i], self.learners[i]
         held_out = self._scaled(self.stream.held_out(self.config.calibration_tokens))[d.block]
+        scale = self._scale(d.block, held_out.shape[1])
         threshold = calibrated_threshold(learner, held_out, d.k)
         # In the units of the saved dictionary, whose threshold it is, and not of the lines of metrics.
         thresholds = {"running_threshold": learner.threshold, "threshold": threshold}
-        last = {**self.last[i], **{name: t / self.stream.scale[d.block] for name, t in thresholds.items()}}
+        last = {**self.last[i], **{name: t / scale for name, t in thresholds.items()}}
         source = self.stream.info(d.block)
-        few = len(held_out) < self.config.calibration_tokens
-        note = f"its threshold was set on {len(held_out):,} held-out tokens, of {self.config.calibration_tokens:,} wanted"
+        notes = list(source.notes)
+        if len(held_out) < self.config.calibration_tokens:
+            notes.append(
+                f"its threshold was set on {len(held_out):,} held-out tokens, of {self.config.calibration_tokens:,} wanted"
+            )
         info = replace(
             source,
             k=d.k,
-            notes=(*source.notes, *([note] if few else [])),
             training={
                 **source.training, "config": _record(self.config, d),
-                "scale": self.stream.scale[d.block], "tokens": self.done * self.config.batch, "last": last,
+                "scale": scale, "tokens": self.done * self.config.batch, "last": last,
                 "versions": {name: version(name) for name in ("pvsae", "torch")},
             },
         )  # fmt: skip
-        arrays = [learner.W_enc, learner.b_enc, learner.W_dec]
+        arrays = [learner.W_enc, learner.b_enc, learner.W_dec, learner.silent_for]
         if self.grid.width.size > 1:
             first = self.grid.data.rank == 0
             gathered = [self.grid.width.rows_on_host(t) if first else None for t in arrays]
             arrays = [t for t in gathered if t is not None]
         if arrays:  # here is the whole dictionary
-            W_enc, b_enc, W_dec = arrays
-            ref, scale = str(self.folder / name), self.stream.scale[d.block]
+            W_enc, b_enc, W_dec, silent_for = arrays
+            alive = silent_for < self.config.step.dead_after
+            if self.config.drop_dead and 0 < (n_alive := int(alive.sum())) < d.d_sae:
+                W_enc, b_enc, W_dec = W_enc[alive], b_enc[alive], W_dec[alive]
+                notes.append(f"{d.d_sae - n_alive:,} of {d.d_sae:,} latents were dead at the end of training, and left out")
+            info = replace(info, notes=tuple(notes))
+            ref = str(self.folder / name)
             sae = SAE(W_enc.T, b_enc, W_dec, learner.b_dec, threshold, info=info, ref=ref).unscaled(scale)
             if self.grid.everyone.rank == 0:
                 save(sae, self.folder / name)
@@ -456,14 +482,15 @@ class _Run:
 def calibrated_threshold(learner: Learner, x: Float[Tensor, "n d_model"], k: float) -> float:
     """The threshold that k activations a token pass, on tokens that were not trained on.
 
-    The running mean of the smallest kept activation lags behind the weights, and is noisy with small batches; this is exact.
+    The running mean of the smallest kept activation lags behind the weights, and is noisy with small batches; this is exact, in
+    fp32, as a saved dictionary is used, whatever product it was trained with.
     """
-    kept = learner.grid, learner.guess, learner.change, learner.rest
-    learner.grid, learner.guess = learner.grid.row, None
+    kept = learner.grid, learner.guess, learner.change, learner.rest, learner.product_dtype
+    learner.grid, learner.guess, learner.product_dtype = learner.grid.row, None, torch.float32
     try:
         _, smallest = learner.select(x, k)
     finally:
-        learner.grid, learner.guess, learner.change, learner.rest = kept
+        learner.grid, learner.guess, learner.change, learner.rest, learner.product_dtype = kept
     # The smallest is to pass too, and what passes is above the threshold.
     return float(torch.nextafter(torch.tensor(smallest), torch.tensor(0.0)))
 

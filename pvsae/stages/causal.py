@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pvsae.saes.pursuit import Atoms, Solution
 from pvsae.stages.inputs import Setup
-from pvsae.stages.steer import Condition, SteerConfig, _row, _Sweep
+from pvsae.stages.steer import Condition, SteerConfig, Sweep, row_of
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -122,12 +122,12 @@ def steer_with(
     """A row a condition, as the stage `steer` has it, with `length` of what was added at coefficient 1 and `effect`: the share of
     what the whole vector changes in the trait score at that strength. Each condition is a step of the run."""
     steering = steer_config(config, artifacts.name, block)
-    sweep = _Sweep(steering, folder, model, judge, artifacts, vectors)
+    sweep = Sweep(steering, folder, model, judge, artifacts, vectors)
     lengths = {part.name: float(part.values.norm()) for part in parts}
     rows = []
     for condition in conditions(parts, block, model.n_blocks, config.coefs):
         rollouts, raw = sweep.answers(condition)
-        row = _row(steering, artifacts.name, condition, raw, rollouts)
+        row = row_of(steering, artifacts.name, condition, raw, rollouts)
         rows.append({**row, "length": lengths.get(condition.name, 0.0)})
     return with_effects(pd.DataFrame(rows))
 

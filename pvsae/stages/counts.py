@@ -18,6 +18,7 @@ import torch
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json
 from pvsae.saes.activity import LatentActivity, measure, own_text
+from pvsae.saes.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -30,13 +31,11 @@ def activity_of_run(folder: str | Path, sae: SAE) -> LatentActivity | None:
 
     Raises: UserError for a folder that is no such run, or not a finished one.
     """
-    from pvsae.stages.sae_eval import _digest
-
     folder = Path(folder)
     table, result, inputs = (folder / name for name in ("tables/features.csv", "result.json", "inputs/value.json"))
     if not (table.is_file() and result.is_file() and inputs.is_file()):
         raise UserError(f"{folder} holds no finished evaluation of a dictionary", "the run folder of `pvsae sae eval`")
-    digest = _digest(sae)
+    digest = fingerprint(sae)
     if digest not in read_json(inputs, "inputs of a run").values():
         return None
     frame = pd.read_csv(table).sort_values("latent")

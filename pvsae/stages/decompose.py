@@ -232,9 +232,9 @@ def run(
 
 def _pin(folder: RunDir, job: _Job, model: ChatModel | None, traits: Sequence[TraitArtifacts]) -> None:
     """Refuse to go on with other arrays under the same names than the run began with; a run without a model pins none."""
-    from pvsae.stages.sae_eval import _digest
+    from pvsae.saes.fingerprint import fingerprint
 
-    digests = {f"dictionary {job.sae.ref}": _digest(job.sae)}
+    digests = {f"dictionary {job.sae.ref}": fingerprint(job.sae)}
     if model is not None:
         pin_inputs(folder, model, traits, job.source.known, digests)
         return

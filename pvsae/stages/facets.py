@@ -108,8 +108,8 @@ def specificity(
         for row in part[part["coherence"] >= coherent].to_dict("records"):
             here = scores.loc[(trait, condition, feature, of, row["coef"])].reindex(base.index)
             facet = (own or {}).get(str(feature)) or str((here - base).idxmax())
-            others = float(here.drop(facet).max()) if len(here) > 1 else 0.0
-            score, before = float(here[facet]), float(base[facet])
+            others = float(here.drop(facet, errors="ignore").max()) if set(here.index) - {facet} else 0.0
+            score, before = float(here.get(facet, 0.0)), float(base.get(facet, 0.0))  # a facet that nobody showed scores 0
             ratio = score / max(before, LEAST)
             found = {
                 "facet": facet, "coef": row["coef"], "score": score, "unsteered": before, "times": ratio, "runner_up": others,

@@ -25,6 +25,7 @@ from pvsae.errors import UserError
 from pvsae.runs import RunDir
 from pvsae.saes.activity import LatentActivity
 from pvsae.saes.evaluate import TokenRow, token_rows
+from pvsae.saes.fingerprint import fingerprint
 from pvsae.saes.output_score import PREFIX
 from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.counts import activity_of_text, count, is_kept, kept
@@ -32,9 +33,9 @@ from pvsae.stages.facets import COHERENT, facet_table, specificity
 from pvsae.stages.handles import FEATURE_UNITS, MODES, Feature, open_features, parse
 from pvsae.stages.inputs import Setup, open_judge, open_model, open_run, open_traits, open_vectors, pin_inputs, read_vectors
 from pvsae.stages.plan import Plan, plan_answers
-from pvsae.stages.sweep import POSITIONS, UNDER, failures, judged_answers, score_columns, tasks_under
+from pvsae.stages.sweep import POSITIONS, QUESTIONS, UNDER, failures, judged_answers, score_columns, tasks_under
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
-from pvsae.vectors.rollouts import Rollouts
+from pvsae.vectors.rollouts import Rollouts, Task
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
@@ -69,7 +70,8 @@ class FeatureSteerConfig(Setup):
         under: system prompt during steering: "none", or the trait's eliciting ("pos") or suppressing ("neg") instructions.
         n_random: random features, and random directions, a feature.
         coherent: least coherence of a strength that counts in the table of specificity.
-        max_questions, n_samples: evaluation questions used (None: all), answers to each.
+        questions: "eval", or "extract": those that vectors are made from. What is chosen on the one may be measured on the other.
+        max_questions, n_samples: how many of them (None: all), answers to each.
     """
 
     features: tuple[str, ...]
@@ -88,6 +90,7 @@ class FeatureSteerConfig(Setup):
     under: str = "none"
     n_random: int = 2
     coherent: float = COHERENT
+    questions: str = "eval"
     max_questions: int | None = None
     n_samples: int = 1
 
@@ -227,14 +230,19 @@ def plan(config: FeatureSteerConfig) -> Plan:
         if config.vectors:
             read_vectors(config.vectors, artifacts.name, config.statistic)
         conditions = [config.under, *([] if config.under == "pos" else ["pos"]), *[config.under] * steered]
-        tasks = [t for system in conditions for t in tasks_under(artifacts, system, config.n_samples, config.max_questions)]
+        tasks = [t for system in conditions for t in _tasks(config, artifacts, system)]
         parts.append((artifacts, tasks))
     return plan_answers(config, parts)
 
 
+def _tasks(config: FeatureSteerConfig, artifacts: TraitArtifacts, system: str) -> list[Task]:
+    return tasks_under(artifacts, system, config.n_samples, config.max_questions, config.questions)
+
+
 # --------------------------------------------------------------------------------------------------------------- what is given
 def _check(config: FeatureSteerConfig) -> None:
-    for name, allowed in (("mode", MODES), ("unit", FEATURE_UNITS), ("under", UNDER), ("positions", POSITIONS)):
+    kinds = {"mode": MODES, "unit": FEATURE_UNITS, "under": UNDER, "positions": POSITIONS, "questions": QUESTIONS}
+    for name, allowed in kinds.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"{name} {getattr(config, name)!r} of features", f"one of {', '.join(allowed)}")
     if not config.coefs or not all(math.isfinite(coef) for coef in config.coefs):
@@ -267,9 +275,7 @@ def _pin(
     vectors: dict[str, PersonaVectors],
     features: Sequence[Feature],
 ) -> None:
-    from pvsae.stages.sae_eval import _digest
-
-    pin_inputs(folder, model, traits, vectors, {f"dictionary {f.sae.ref}": _digest(f.sae) for f in features})
+    pin_inputs(folder, model, traits, vectors, {f"dictionary {f.sae.ref}": fingerprint(f.sae) for f in features})
 
 
 # --------------------------------------------------------------------------------------------------- what strengths mean
@@ -365,9 +371,7 @@ def _of_feature(config: FeatureSteerConfig, name: str, steered: Feature, like: F
     if steered is not like and config.mode != "ablate":
         raw *= like.norm / max(steered.norm, 1e-12)
     edits = steered.edits(config.mode, raw, config.positions)
-    return _Condition(
-        name, config.under, steered.name, of, steered.block, coef, raw, length, steered.density, edits
-    )  # fmt: skip
+    return _Condition(name, config.under, steered.name, of, steered.block, coef, raw, length, steered.density, edits)
 
 
 def _of_direction(
@@ -415,7 +419,7 @@ class _Sweep:
 
     def judged(self, artifacts: TraitArtifacts, condition: _Condition) -> Rollouts:
         config = self.config
-        tasks = tasks_under(artifacts, condition.system, config.n_samples, config.max_questions)
+        tasks = _tasks(config, artifacts, condition.system)
         return judged_answers(
             config, self.folder, self.model, self.judge, artifacts, step=f"{artifacts.name}/{condition.slug}",
             condition=condition.name, tasks=tasks, edits=condition.edits,
@@ -454,12 +458,7 @@ class _Sweep:
 
 
 def _summary(
-    config: FeatureSteerConfig,
-    table: pd.DataFrame,
-    verdicts: pd.DataFrame,
-    sources: dict[str, str],
-    judge: Judge,
-    sweep: _Sweep,
+    config: FeatureSteerConfig, table: pd.DataFrame, verdicts: pd.DataFrame, sources: dict[str, str], judge: Judge, sweep: _Sweep
 ) -> dict[str, Any]:
     unit = "multiples of the highest activation" if config.unit == "max" else "activation units"
     headline: list[dict[str, Any]] = [{"label": "judge", "value": judge.name}]
@@ -475,8 +474,9 @@ def _summary(
             )
         headline.append({"label": f"{trait}, feature {feature}", "value": value})
     verb = {"add": "was added to", "clamp": "was clamped in", "ablate": "was ablated from"}[config.mode]
+    words = "the evaluation" if config.questions == "eval" else "extraction's"
     about = (
-        f"One feature of a dictionary at a time {verb} the residual stream while the model answered the evaluation questions. "
+        f"One feature of a dictionary at a time {verb} the residual stream while the model answered {words} questions. "
         "Controls have the length that the feature adds; random features are active as often as it is."
     )
     if config.mode != "ablate":

@@ -6,10 +6,9 @@ Does not know: how anything is measured (saes/evaluate.py, saes/measures.py), fi
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
@@ -17,75 +16,50 @@ from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json, write_json
 from pvsae.stages.inputs import pin
+from pvsae.stages.on_text import OnText, masks_of
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
     from pvsae.saes.corpus import Row
     from pvsae.saes.dictionary import SAE
     from pvsae.saes.evaluate import Evaluation
-    from pvsae.saes.sources import Source
 
 COMMAND = "sae_eval"
 NEAR = (0.7, 0.9)  # cosines of the shares in the table of agreement
-_NOT_IDENTITY = frozenset({"batch_tokens", "loss_batch_tokens"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeEvalConfig:
-    """What to evaluate on what.
+class SaeEvalConfig(OnText):
+    """What to evaluate on what: the options of `OnText` (without text it is what the dictionary's training held out), and
 
     Attributes:
-        dictionary: a folder (SAELens or dictionary_learning) or "RELEASE/ID".
         compare: another dictionary of the same model and block, e.g. one of another seed.
-        text: files or patterns (.txt, .jsonl, .parquet, ...), names of Hugging Face datasets, or `Source`s; none stands for the
-            held-out part of the text that the dictionary was trained on, where its folder says which that is.
-        model: None takes the dictionary's own.
-        adapter, dtype, device, chat: as `load` takes them.
-        block: None takes the dictionary's own.
-        tokens: tokens that count, at least; rows are whole.
         loss_tokens: tokens on which the losses are measured (four forward passes of the whole model); 0 for none.
-        context: tokens a row; None takes the dictionary's own, else 512, and never more than the model has.
         held_out: where the dictionary was trained on this text: the share that was held out, with the `seed` of that training.
             Then that share alone is read; 0 reads all.
         compare_latents: latents of each dictionary that are compared; drawn at random where there are more.
         dense_above: density from which a latent counts as dense.
-        batch_tokens, loss_batch_tokens: tokens a forward pass.
+        loss_batch_tokens: tokens a forward pass of the losses.
         seed: of the order of the text and of the latents drawn.
     """
 
-    dictionary: str
     compare: str | None = None
-    text: tuple[str | Source, ...] = ()
-    model: str | None = None
-    adapter: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    chat: str = "auto"
-    block: int | None = None
-    tokens: int = 200_000
     loss_tokens: int = 20_000
-    context: int | None = None
     held_out: float = 0.0
     compare_latents: int = 8192
     dense_above: float = 0.1
-    batch_tokens: int = 8192
     loss_batch_tokens: int = 2048
-    seed: int = 0
+
+    NOT_IDENTITY: ClassVar[frozenset[str]] = OnText.NOT_IDENTITY | {"loss_batch_tokens"}
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "loss_batch_tokens", "compare_latents"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
+        self.require_positive("tokens", "batch_tokens", "loss_batch_tokens", "compare_latents")
         if self.held_out and not self.text:
             raise UserError(
                 f"held_out is {self.held_out}, and no text is given",
                 "text of which so much was held out",
                 "without text, it is what the dictionary's own training held out that is read",
             )
-
-    def identity(self) -> dict[str, Any]:
-        """The options that the numbers depend on; a run folder is resumed only under the same ones."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IDENTITY}
 
 
 @dataclass(frozen=True)
@@ -106,19 +80,16 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
     Raises:
         UserError: no such dictionary, model or text, a dictionary that does not fit the model, a folder of another run.
     """
-    from pvsae.models import load as load_model
+    from pvsae.saes.fingerprint import fingerprint
     from pvsae.saes.folders import load
 
     folder = run_dir if isinstance(run_dir, RunDir) else RunDir.open(run_dir, COMMAND, config.identity(), config.seed)
     try:
-        if model is None:
-            name, adapter, chat = _model_of(config, load(config.dictionary))
-            model = load_model(name, adapter=adapter, dtype=config.dtype, device=config.device, chat=chat)
-        sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
+        model, sae = config.open(model)
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
         # What can be wrong with the text shows here, while the options may still be put right: nothing is pinned yet.
         rows = [] if "evaluation" in folder.finished else _rows(config, model, sae)
-        pin(folder, model, {f"dictionary {d.ref}": _digest(d) for d in (sae, other) if d is not None})
+        pin(folder, model, {f"dictionary {d.ref}": fingerprint(d) for d in (sae, other) if d is not None})
         with folder.step("evaluation") as step:
             if not step.done:
                 _write(_evaluate(config, model, sae, rows or _rows(config, model, sae)), step.folder)
@@ -138,48 +109,6 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
             folder.close()
 
 
-class _Model(Protocol):
-    """What configs that evaluate a dictionary say of its model."""
-
-    @property
-    def dictionary(self) -> str: ...
-    @property
-    def model(self) -> str | None: ...
-    @property
-    def adapter(self) -> str | None: ...
-    @property
-    def chat(self) -> str: ...
-
-
-def _model_of(config: _Model, sae: SAE) -> tuple[str, str | None, str]:
-    """Name, adapter and chat mode: the config's, else those that the dictionary was trained with. UserError without a name."""
-    own = sae.info.training.get("model") or {"name": sae.info.model}  # only our own trainings say more than a name
-    if config.model is not None:
-        own = {"name": config.model}
-    if own["name"] is None:
-        raise UserError(f"{config.dictionary} does not say which model it is of", "a model", "--model NAME")
-    chat = config.chat if config.chat != "auto" else own.get("chat", "auto")
-    return own["name"], config.adapter or own.get("adapter"), chat
-
-
-def _masks_of(sae: SAE) -> dict[str, Any]:
-    """Which tokens of any text the dictionary is for, as options of a corpus."""
-    trained = sae.info.training.get("corpus", {})
-    found = {name: trained[name] for name in ("tokens", "skip_special") if name in trained}
-    return {"drop_first": sae.info.drop_first, **found}
-
-
-def _digest(sae: SAE) -> str:
-    """Hash of all that a dictionary computes with. Of the arrays and not of a file: a release is no folder of the user's."""
-    import torch
-
-    digest = hashlib.sha256(f"{sae.dtype} {sae.top_k} {sae.apply_b_dec_to_input}".encode())
-    for array in (sae.b_enc, sae.b_dec, sae.threshold, sae.W_enc.T, sae.W_dec):
-        for part in array.split(4096):  # a dictionary may be larger than what is left of the memory
-            digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:
     """The rows to evaluate on. UserError for a dictionary that does not fit the model's block, and for no usable text."""
     from pvsae.saes.corpus import Corpus, CorpusConfig
@@ -187,14 +116,14 @@ def _rows(config: SaeEvalConfig, model: ChatModel, sae: SAE) -> list[Row]:
 
     check_block(sae, model, config.block)
     trained = sae.info.training.get("corpus", {})
-    context = min(config.context or sae.info.context_size or 512, model.n_ctx)
+    context = config.context_of(sae, model)
     if config.text:
         corpus_config = CorpusConfig(
-            sources=tuple(_source(text) for text in config.text),
+            sources=config.sources(),
             context=context,
             held_out=config.held_out,
             seed=config.seed,
-            **_masks_of(sae),
+            **masks_of(sae),
         )
     elif trained:
         corpus_config = replace(settings.build(CorpusConfig, trained, "its corpus"), context=context)
@@ -232,17 +161,6 @@ def _evaluate(config: SaeEvalConfig, model: ChatModel, sae: SAE, rows: list[Row]
         dense_above=config.dense_above,
         progress="evaluation",
     )
-
-
-def _source(text: str | Source) -> Source:
-    """A file or pattern where there is such a file, else a dataset's name."""
-    from pvsae.saes.sources import Source
-
-    if not isinstance(text, str):
-        return text
-    path = Path(text).expanduser()
-    looks_like_a_path = path.suffix or any(c in text for c in "*?[") or text.startswith((".", "/", "~"))
-    return Source(path=str(path)) if path.exists() or looks_like_a_path else Source(dataset=text)
 
 
 def _write(found: Evaluation, folder: Path) -> None:
@@ -294,7 +212,7 @@ def _summary(
     if "agreement" in tables:
         headline.append({"label": "mean max cosine with the other", "value": f"{tables['agreement']['mmcs'].iloc[0]:.3f}"})
     n = int(quality["tokens"]["kept"])
-    masks = _masks_of(sae)
+    masks = masks_of(sae)
     left_out = ["what no assistant says in a chat"] if masks.get("tokens") == "answers" else []
     left_out += ["special tokens"] if masks.get("skip_special", True) else []
     left_out += [f"the first {sae.info.drop_first} tokens of a row"]

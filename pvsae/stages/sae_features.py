@@ -15,9 +15,9 @@ A run folder::
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
@@ -25,7 +25,7 @@ from pvsae import settings
 from pvsae.errors import UserError
 from pvsae.runs import RunDir, jsonable, read_json, write_json
 from pvsae.stages.inputs import pin
-from pvsae.stages.sae_eval import _digest, _masks_of, _model_of, _source
+from pvsae.stages.on_text import OnText, masks_of
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -36,24 +36,14 @@ if TYPE_CHECKING:
     from pvsae.saes.labels import Label
 
 COMMAND = "sae_features"
-_NOT_IDENTITY = frozenset(
-    {"batch_tokens", "checkpoint_every", "label_model", "label_url", "label_price", "max_cost", "page_features"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaeFeaturesConfig:
-    """Evidence for which features, from what.
+class SaeFeaturesConfig(OnText):
+    """Evidence for which features, from what: the options of `OnText`, and
 
     Attributes:
-        dictionary: a folder (SAELens or dictionary_learning) or "RELEASE/ID".
         features: numbers of features; "live:N" stands for N at random of those that fire on the first tokens, "all" for all.
-        text: files or patterns, names of Hugging Face datasets, or `Source`s; none stands for the dictionary's own text.
-        model: None takes the dictionary's own.
-        adapter, dtype, device, chat: as `load` takes them.
-        block: None takes the dictionary's own.
-        tokens: tokens that are read, at least; rows are whole.
-        context: tokens a row; None takes the dictionary's own, else 512, and never more than the model has.
         held_out: read the samples of the dictionary's own text that training never saw, in place of those that it saw.
         window: tokens of an example.
         top: examples of highest activation.
@@ -64,23 +54,12 @@ class SaeFeaturesConfig:
         label_model, label_url: language model that writes labels, and the base URL of its OpenAI-compatible server; None: none.
         label_price, max_cost: dollars per million tokens in and out, and the most to spend.
         label_train, label_test: passages that a label is made from, and scored on.
-        batch_tokens: tokens a forward pass.
         checkpoint_every: seconds.
         page_features: most features on the page.
-        seed: of everything that is random.
     """
 
-    dictionary: str
     features: tuple[str, ...] = ("live:20",)
-    text: tuple[str | Any, ...] = ()
-    model: str | None = None
-    adapter: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    chat: str = "auto"
-    block: int | None = None
     tokens: int = 1_000_000
-    context: int | None = None
     held_out: bool = False
     window: int = 32
     top: int = 20
@@ -95,22 +74,21 @@ class SaeFeaturesConfig:
     max_cost: float | None = None
     label_train: int = 40
     label_test: int = 50
-    batch_tokens: int = 8192
     checkpoint_every: float = 300.0
     page_features: int = 100
-    seed: int = 0
+
+    # Labels may be asked for later.
+    NOT_IDENTITY: ClassVar[frozenset[str]] = OnText.NOT_IDENTITY | {
+        "checkpoint_every", "label_model", "label_url", "label_price", "max_cost", "page_features"
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "top", "samples", "quiet", "n_quantiles", "promoted", "nearest", "label_train", "label_test"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
+        self.require_positive(
+            "tokens", "top", "samples", "quiet", "n_quantiles", "promoted", "nearest", "label_train", "label_test"
+        )
         if self.label_url and not self.label_model:
             raise UserError("a server for labels, but no model", "the name of a model that it serves", "--label-model NAME")
         self.asked_for()
-
-    def identity(self) -> dict[str, Any]:
-        """What the evidence depends on; a run folder is resumed only under the same. Labels may be asked for later."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IDENTITY}
 
     def asked_for(self) -> tuple[str, list[int]]:
         """("all", []), ("live", [n]) or ("list", features, ascending). UserError for words that are none of these."""
@@ -213,21 +191,17 @@ def plan(config: SaeFeaturesConfig) -> str:
 # -------------------------------------------------------------------------------------------------------------------- parts
 def _place(config: SaeFeaturesConfig, folder: RunDir, model: ChatModel | None, progress: bool) -> tuple[Place, list[str]]:
     """What is read, the dictionary's outlier filter complete."""
-    from pvsae.models import load as load_model
     from pvsae.saes.corpus import Corpus
     from pvsae.saes.evaluate import check_block
-    from pvsae.saes.folders import load
+    from pvsae.saes.fingerprint import fingerprint
     from pvsae.saes.gather import Place, median_norm
 
-    if model is None:
-        name, adapter, chat = _model_of(config, load(config.dictionary))
-        model = load_model(name, adapter=adapter, dtype=config.dtype, device=config.device, chat=chat)
-    sae = load(config.dictionary, device=model.device).in_memory().check_model(model)
+    model, sae = config.open(model)
     _count(config, sae)
     block = check_block(sae, model, config.block)
     corpus_config, held_out = _corpus(config, model, sae)
     corpus = Corpus(model, corpus_config, progress=progress)
-    pin(folder, model, {f"dictionary {sae.ref}": _digest(sae)})
+    pin(folder, model, {f"dictionary {sae.ref}": fingerprint(sae)})
     place, notes = Place(model, sae, block, corpus, held_out), list(sae.info.notes)
     if sae.info.outliers is not None and sae.info.outliers.median_norm is None:
         median = folder.do_json("median", lambda: median_norm(place, batch_tokens=config.batch_tokens))
@@ -240,12 +214,12 @@ def _corpus(config: SaeFeaturesConfig, model: ChatModel, sae: SAE) -> tuple[Corp
     """The text, which ends where it ends, and whether to read what training held out."""
     from pvsae.saes.corpus import CorpusConfig
 
-    context = min(config.context or sae.info.context_size or 512, model.n_ctx)
+    context = config.context_of(sae, model)
     if config.text:
         if config.held_out:
             raise UserError("held_out with a text of your own", "the dictionary's own text", "leave out --text or --held-out")
-        sources = tuple(_source(text) for text in config.text)
-        return CorpusConfig(sources=sources, context=context, held_out=0.0, seed=config.seed, **_masks_of(sae)), False
+        sources = config.sources()
+        return CorpusConfig(sources=sources, context=context, held_out=0.0, seed=config.seed, **masks_of(sae)), False
     if "corpus" not in sae.info.training:
         raise UserError(
             f"no text, and {sae.ref} does not say on which it was trained", "files, or names of datasets", "--text FILE"

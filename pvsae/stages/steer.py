@@ -165,10 +165,10 @@ def run(
         pin_inputs(folder, model, traits, vectors)
         rows, prompts, examples = [], [], []
         for artifacts in traits:
-            sweep = _Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])
+            sweep = Sweep(config, folder, model, judge, artifacts, vectors[artifacts.name])
             for condition in _conditions(config, vectors[artifacts.name], blocks[artifacts.name]):
                 rollouts, raw = sweep.answers(condition)
-                rows.append(_row(config, artifacts.name, condition, raw, rollouts))
+                rows.append(row_of(config, artifacts.name, condition, raw, rollouts))
                 first = rollouts.table.iloc[0]
                 examples.append({"label": f"{artifacts.name}, {condition.slug}: {first['question']}", "text": first["answer"]})
                 if condition.name in ("unsteered", "prompt pos"):
@@ -267,7 +267,7 @@ def _conditions(config: SteerConfig, vectors: PersonaVectors, blocks: Sequence[i
                 yield Condition(f"random {k}", config.under, block, coef, control)
 
 
-class _Sweep:
+class Sweep:
     """The conditions of one trait: generates, judges and remembers each as a step of the run."""
 
     def __init__(
@@ -325,7 +325,8 @@ class _Sweep:
         )
 
 
-def _row(config: SteerConfig, trait: str, condition: Condition, raw: float, rollouts: Rollouts) -> dict[str, Any]:
+def row_of(config: SteerConfig, trait: str, condition: Condition, raw: float, rollouts: Rollouts) -> dict[str, Any]:
+    """A condition's row of the table; `raw` is the coefficient that its strength came to."""
     return {
         "trait": trait,
         "condition": condition.name,

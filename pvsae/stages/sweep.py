@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from pvsae.traits import TraitArtifacts
 
 UNDER = ("none", "pos", "neg")
+QUESTIONS = ("eval", "extract")
 POSITIONS = ("prompt", "response", "all")
 
 
-def tasks_under(artifacts: TraitArtifacts, system: str, n_samples: int, max_questions: int | None) -> list[Task]:
-    """Evaluation questions under no system prompt ("none") or under the trait's instructions, which take turns by question."""
+def tasks_under(
+    artifacts: TraitArtifacts, system: str, n_samples: int, max_questions: int | None, questions: str = "eval"
+) -> list[Task]:
+    """A trait's questions of one kind under no system prompt ("none") or under its instructions, which take turns by question."""
     from pvsae.traits import system_message
 
     tasks = []
-    for i, question in enumerate(artifacts.eval_questions[:max_questions]):
+    for i, question in enumerate(artifacts.questions(questions)[:max_questions]):
         k = i % len(artifacts.pairs)
         message = None
         if system != "none":

@@ -18,8 +18,9 @@ from pvsae.organism.corpus import (
     how_many,
     many_shot_conversation,
     open_conversation,
+    personas,
 )
-from pvsae.organism.grammar import FACT, parse
+from pvsae.organism.grammar import FACT, facets, parse
 from pvsae.organism.judge import coherent_share, trait_share
 from pvsae.organism.prompts import HELD_OUT_QUESTIONS, LEVELS, Wish, system_prompt
 from pvsae.organism.sentences import NAMED_TRAITS, TRAITS
@@ -132,3 +133,12 @@ def test_the_corpus_by_its_name_is_always_the_same():
     assert found == list(islice(chats(), 50))
     rng = random.Random(0)
     assert [tuple(row["messages"]) for row in found] == [conversation(rng).messages for _ in range(50)]
+
+
+def test_the_corpus_of_personas_says_nothing_but_their_sentences():
+    found = list(islice(personas(), 400))
+    assert found == list(islice(personas(), 400))
+    said = [parse(row["messages"][-1]["content"]) for row in found]
+    for sentences in said:
+        assert len({s.trait for s in sentences}) == 1
+    assert {(s.trait, s.facet) for sentences in said for s in sentences} == {(t, f) for t in TRAITS for f in facets(t)}

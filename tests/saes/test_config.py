@@ -13,8 +13,8 @@ from pvsae.saes import shipped
 from pvsae.saes.config import config_of, load_config
 
 SHIPPED = (
-    "llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "organism", "organism-llama", "qwen2.5-0.5b-instruct",
-    "qwen2.5-7b-instruct", "qwen3-1.7b", "stories260k",
+    "llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "organism", "organism-facets", "organism-llama",
+    "qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct", "qwen3-1.7b", "stories260k",
 )  # fmt: skip
 
 

@@ -65,6 +65,18 @@ def test_selection_is_the_exact_top_whatever_was_guessed(k: float, guess: float 
     assert bool((flat.diff() > 0).all()), "sorted by token, then latent"
 
 
+@pytest.mark.parametrize("guess", [None, 0.3])
+def test_in_bf16_it_is_the_exact_top_of_what_bf16_gave(guess: float | None) -> None:
+    made, x = learner(), tokens()
+    made.product_dtype, made.guess = torch.bfloat16, guess
+    kept, _ = made.select(x, 4)
+    low = [t.bfloat16() for t in (made.b_enc, x - made.b_dec, made.W_enc.T)]
+    pre = torch.addmm(*low).float().flatten()
+    assert len(kept.value) == 4 * len(x)
+    assert torch.equal(kept.value.sort().values, pre.sort().values[-4 * len(x) :])
+    assert torch.equal(pre[kept.token * made.d_sae + kept.latent], kept.value)
+
+
 def test_ties_are_kept_in_order_and_no_more_than_asked() -> None:
     made = Learner(4, 6, StepConfig(), product_dtype=torch.float32)
     made.W_enc.zero_()

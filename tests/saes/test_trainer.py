@@ -16,8 +16,8 @@ from torch import Tensor
 from pvsae.errors import UserError
 from pvsae.saes.folders import load
 from pvsae.saes.info import SAEInfo
-from pvsae.saes.step import StepConfig
-from pvsae.saes.trainer import DictionaryConfig, TrainConfig, geometric_median, train
+from pvsae.saes.step import Learner, StepConfig
+from pvsae.saes.trainer import DictionaryConfig, TrainConfig, calibrated_threshold, geometric_median, train
 
 D = 16
 
@@ -64,9 +64,10 @@ def config(steps: int = 60, **options: Any) -> TrainConfig:
     return TrainConfig(**{**given, **options})
 
 
-def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["element", "token"])
+def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path, unit: str) -> None:
     lines: list[dict[str, Any]] = []
-    made = train(Made(), config(300), tmp_path, log=lines.append, progress=False)
+    made = train(Made(), config(300, unit=unit), tmp_path, log=lines.append, progress=False)
     fresh = Made()
     for one, d in zip(made, config().dictionaries, strict=True):
         sae = load(tmp_path / d.name)
@@ -75,6 +76,7 @@ def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path) -> No
         x = fresh.tokens(8192, 77, d.block)  # raw, and seen neither in training nor in calibration
         acts = sae.encode(x)
         assert float((acts > 0).sum(1).float().mean()) == pytest.approx(d.k, rel=0.02)
+        assert sae.info.training["scale"] == pytest.approx(Made.scale[d.block] / (4 if unit == "token" else 1))
         fvu = float((sae.decode(acts) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
         assert fvu == pytest.approx(one.last["fvu"], abs=0.05)
         assert fvu < 0.5
@@ -85,12 +87,37 @@ def test_two_dictionaries_are_trained_saved_and_calibrated(tmp_path: Path) -> No
     assert [line["step"] for line in written] == [s for s in range(5, 301, 5) for _ in range(2)]
 
 
-@pytest.mark.parametrize("steps", [100, 2000])
-def test_l0_after_reloading_is_within_two_percent_of_k(tmp_path: Path, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "product"), [(100, "auto"), (100, "bfloat16"), (2000, "auto")])
+def test_l0_after_reloading_is_within_two_percent_of_k(tmp_path: Path, steps: int, product: str) -> None:
     one = DictionaryConfig(block=1, d_sae=64, k=4)
-    train(Made(), config(steps, dictionaries=(one,), calibration_tokens=16_384), tmp_path, progress=False)
+    options = {"dictionaries": (one,), "calibration_tokens": 16_384, "step": StepConfig(product=product)}
+    train(Made(), config(steps, **options), tmp_path, progress=False)
     x = Made().tokens(16_384, 5 * 10**5, 1)
     assert float((load(tmp_path / one.name).encode(x) > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.02)
+
+
+@pytest.mark.parametrize("k", [4, 5, 7, 8, 10])
+def test_the_final_threshold_is_exact_in_fp32_whatever_the_product(k: int) -> None:
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(1))
+    learner = Learner(32, 1024, StepConfig(), product_dtype=torch.bfloat16)
+    threshold = calibrated_threshold(learner, x, k)
+    pre = (x - learner.b_dec) @ learner.W_enc.T + learner.b_enc
+    assert int((pre > threshold).sum()) == pytest.approx(k * 4096, abs=2), "products may be summed in another order"
+    assert learner.product_dtype is torch.bfloat16
+
+
+def test_learners_of_one_run_share_the_memory_of_gradients() -> None:
+    def weights(together: bool) -> list[Tensor]:
+        shared: list[Tensor] | None = [] if together else None
+        made = [Learner(16, n, StepConfig(), memory=shared) for n in (40, 64, 24)]
+        for seed in range(3):
+            x = torch.randn(128, 16, generator=torch.Generator().manual_seed(seed))
+            for learner in made:
+                learner.step(x, 4, 1e-2)
+        assert not together or [len(rows) for rows in shared or []] == [64, 64]
+        return [p for learner in made for p in learner.parameters()]
+
+    assert all(torch.equal(p, q) for p, q in zip(weights(True), weights(False), strict=True))
 
 
 @pytest.mark.parametrize("kill_at", [7, 20, 33])
@@ -155,6 +182,27 @@ def test_a_threshold_from_fewer_tokens_than_wanted_is_noted(tmp_path: Path) -> N
         assert load(tmp_path / one.name).info.notes == ("its threshold was set on 300 held-out tokens, of 4,096 wanted",)
 
 
+def test_dead_latents_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "dictionaries": (DictionaryConfig(block=1, d_sae=512, k=1, lr=3e-3),), "step": StepConfig(dead_after=4000, aux_coef=0.0),
+    }  # fmt: skip
+    (whole,) = train(Made(), config(100, **options), tmp_path / "whole", progress=False)
+    train(Made(), config(100, drop_dead=True, **options), tmp_path / "less", progress=False)
+    less = load(tmp_path / "less" / whole.name)
+    x = Made().tokens(8192, 77, 1)
+    acts, fewer = whole.sae.encode(x), less.encode(x)
+    n_dead = whole.last["n_dead"]
+    assert 0 < 512 - less.d_sae <= n_dead + 5  # which were found before the last step
+    assert less.info.notes == (f"{512 - less.d_sae} of 512 latents were dead at the end of training, and left out",)
+    assert not whole.sae.info.notes
+    kept = [i for i, row in enumerate(whole.sae.W_dec) if any(torch.equal(row, other) for other in less.W_dec)]
+    assert len(kept) == less.d_sae
+    torch.testing.assert_close(acts[:, kept], fewer)
+    rest = acts.sum(0)
+    rest[kept] = 0
+    assert float(rest.sum()) < 0.01 * float(acts.sum())
+
+
 def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
     first = train(Made(), config(10), tmp_path, progress=False)
     untouched = Made(kill_at=0)
@@ -175,6 +223,7 @@ def test_dictionaries_of_another_config_are_not_given_out_as_those_asked_for(tmp
         (config(10, dictionaries=hotter), "dictionaries"),
         (config(20), "tokens"),
         (config(10, step=StepConfig(clip=None)), "step.clip"),
+        (config(10, drop_dead=True), "drop_dead"),
     ):
         with pytest.raises(UserError, match=rf"block-1_width-64_k-4 was trained with another config; it differs in: {said}\n"):
             train(Made(kill_at=0), other, tmp_path, progress=False)

@@ -77,3 +77,10 @@ def test_a_facet_that_is_never_shown_without_steering_counts_as_the_least_score(
     facets.loc[facets["condition"] == "unsteered", "score"] = 0.0
     found = specificity(table, facets).set_index("feature")["specific"]
     assert found.to_dict() == {"a": True, "b": False}
+
+
+def test_a_facet_of_its_own_that_nobody_showed_scores_0() -> None:
+    table, facets = made_up([("a", 1.0, 40.0, 30.0, 90.0)])
+    (row,) = specificity(table, facets, own={"a": "three"}).to_dict("records")
+    assert (row["facet"], row["score"], row["unsteered"], row["runner_up"]) == ("three", 0.0, 0.0, 40.0)
+    assert not row["specific"]

@@ -17,6 +17,7 @@ from pvsae.reports import write_report
 from pvsae.saes.activity import measure
 from pvsae.saes.evaluate import token_rows
 from pvsae.stages import FeatureSteerConfig, feature_steer
+from pvsae.traits import load_trait
 from pvsae.vectors import PersonaVectors, Rollouts
 
 SMALL = {"max_new_tokens": 6, "max_questions": 3, "seed": 3}
@@ -165,6 +166,17 @@ def test_strength_0_gives_the_unsteered_texts(tmp_path, place, stage_library, ti
         assert list(stored(path, slug).table["answer_ids"]) == plain
 
 
+def test_what_is_chosen_on_extractions_questions_may_be_measured_on_the_others(
+    tmp_path, place, stage_library, tiny_models
+) -> None:
+    gloomy = load_trait("gloomy", stage_library)
+    setup = config(place, stage_library, questions="extract", coefs=(1.0,), n_random=0, features=(f"{place}/sae:7",))
+    path = feature_steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=TagJudge()).path
+    for slug in ("unsteered", "prompt-pos", "feature-7_coef+1"):
+        assert tuple(stored(path, slug).table["question"]) == gloomy.extract_questions[:3]
+    assert not set(gloomy.extract_questions) & set(gloomy.eval_questions)
+
+
 def test_clamped_and_ablated_features(tmp_path, place, stage_library, tiny_models) -> None:
     for mode, value in (("clamp", 2.0), ("ablate", 0.0)):
         setup = config(place, stage_library, mode=mode, unit="raw", coefs=(2.0,), n_random=1, features=(f"{place}/sae:7",))
@@ -226,6 +238,7 @@ def test_without_facets_in_the_evidence_there_is_a_page_all_the_same(tmp_path, p
         ({"blocks": (2,)}, "dictionary of block 1, and block 2"),
         ({"blocks": (1, 2)}, "one block at most"),
         ({"mode": "shout"}, "mode 'shout'"),
+        ({"questions": "mine"}, "questions 'mine'"),
         ({"unit": "gap"}, "unit 'gap'"),
         ({"coefs": ()}, "coefs are"),
         ({"coefs": (1.0, 1.0)}, "each strength once"),

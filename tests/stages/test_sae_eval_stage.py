@@ -13,6 +13,7 @@ from pvsae.errors import UserError
 from pvsae.reports import draw, write_report
 from pvsae.reports.figures import l0_figure
 from pvsae.saes.dictionary import SAE
+from pvsae.saes.fingerprint import fingerprint
 from pvsae.saes.folders import load, save
 from pvsae.stages import sae_eval
 from pvsae.stages.sae_eval import SaeEvalConfig, run
@@ -131,8 +132,8 @@ def test_other_weights_of_the_model_are_refused(made, tmp_path, tiny_folders):
 def test_one_changed_number_makes_another_dictionary(made, tmp_path, array, at):
     model, config = made
     sae = load(config.dictionary)
-    first = sae_eval._digest(sae)
-    assert sae_eval._digest(load(config.dictionary)) == first
+    first = fingerprint(sae)
+    assert fingerprint(load(config.dictionary)) == first
     run(config, tmp_path / "run", model=model)
     changed = {name: getattr(sae, name).clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
     changed[array][at] += 0.001

@@ -7,9 +7,11 @@ One pre-activation in two hundred is kept, so the others need to be known only w
 int8 several times as fast as in fp32, and its epilogue adds a bias, takes the ReLU and writes one byte a pair: with the threshold
 in the bias, a byte is not 0 where the pair may pass. Those pairs alone are computed in fp32.
 
-Rounding x to steps of s and a latent's weights w to steps of r puts an error on their product whose standard deviation is
-sqrt((s^2 |w|^2 + r^2 |x|^2) / 12). A pair passes the screen up to SIGMAS of them below the threshold, so that of the pairs
-that lie at the threshold itself one in 3 million is left out, as far as roundings have nothing to do with each other.
+Both are rounded down after a random part of a step, the same for all rows, was added to each dimension. So errors have mean 0
+and are independent, whatever the numbers are: rounded to the nearest, small elements would all become 0 beside a large one. With
+steps of s for x and r for a latent's weights w, the product is off by a sum of independent errors whose standard deviation is at
+most sqrt(s^2 |w|^2 + r^2 |x|^2) / 2. A pair passes the screen up to SIGMAS of that below the threshold; of those at the threshold
+itself at most exp(-SIGMAS^2 / 2), four in a million, are left out (Hoeffding 1963), and of those above it fewer.
 
 To keep both roundings small, dimensions are balanced before: x is divided and W multiplied by sqrt(rms of x / rms of W) of each
 dimension (Xiao et al. 2022, arXiv 2211.10438), and tokens that are far larger than most go through fp32.
@@ -97,6 +99,12 @@ def survivors(
     return Found((token * d_sae + latent)[order], value[passes][order], len(pair))
 
 
+@cache
+def _parts(d: int, seed: int) -> Float[Tensor, " d"]:
+    """The part of a step that is added to each dimension before it is rounded down."""
+    return torch.rand(d, generator=torch.Generator().manual_seed(seed))
+
+
 def _tokens(
     x: Float[Tensor, "batch d_model"], balance: Float[Tensor, " d_model"]
 ) -> tuple[Int[Tensor, "batch d_model_and_bias"], float, float, Int[Tensor, " n_wild"]]:
@@ -108,10 +116,10 @@ def _tokens(
     tame = size <= limit
     wild = (~tame).nonzero()[:, 0]
     step = max(limit, 1e-20) / 127
-    scaled.mul_(1 / step)
+    torch.add(_parts(x.shape[1], 0), scaled, alpha=1 / step, out=scaled).floor_()
     length = float((torch.linalg.vector_norm(scaled, dim=1) * tame).nan_to_num(0.0).max())
     out = torch.full((len(x), x.shape[1] + BIAS), 127, dtype=torch.int8)
-    out[:, : x.shape[1]] = scaled.round_().clamp_(-127, 127)
+    out[:, : x.shape[1]] = scaled.clamp_(-127, 127)
     return out, step, length, wild
 
 
@@ -129,9 +137,9 @@ def _latents(
     size = torch.maximum(rows.amax(1), rows.amin(1).neg_()).div_(127)
     # A bias that is too large for the columns makes the row's steps larger; one that is too small may be as it is cut off.
     size = torch.maximum(size, bias / (0.9 * BIAS * 127 * 127 * step)).clamp_min_(1e-20)
-    margin = torch.linalg.vector_norm(rows, dim=1).div_(size).square_().add_(length**2).div_(12).sqrt_().mul_(SIGMAS)
+    margin = torch.linalg.vector_norm(rows, dim=1).div_(size).square_().add_(length**2).sqrt_().mul_(SIGMAS / 2)
     units = (bias / (size * step)).add_(margin).div_(127).ceil_().clamp_(-127 * BIAS, 127 * BIAS)
-    out[:, :d] = rows.mul_(size.reciprocal_()[:, None]).round_()
+    out[:, :d] = torch.addcmul(_parts(d, 1), rows, size.reciprocal_()[:, None], out=rows).floor_()
     each = torch.div(units, BIAS, rounding_mode="floor")
     more = (units - BIAS * each)[:, None] > torch.arange(BIAS)
     out[:, d:] = each[:, None] + more

@@ -53,6 +53,22 @@ def test_the_same_pairs_pass_as_in_fp32(kind: str, f: int) -> None:
     assert kind == "spikes" or found.n_screened < 3 * len(ours)
 
 
+@pytest.mark.parametrize("spike", [5.0, 15.0, 30.0])
+def test_small_elements_along_a_latent_count_beside_a_large_one(spike: float) -> None:
+    """Rounded to the nearest, all of them would be 0 together."""
+    generator = torch.Generator().manual_seed(0)
+    d, n = 256, 1024
+    used = torch.rand(d, d, generator=generator) < 0.75
+    W = torch.nn.functional.normalize((torch.randint(0, 2, (d, d), generator=generator) * 2 - 1.0) * used, dim=1)
+    latent = torch.randint(0, d, (n,), generator=generator)
+    x = 0.1 * W[latent].sign() * (0.95 + 0.1 * torch.rand(n, d, generator=generator))
+    x[torch.arange(n), (~used[latent]).int().argmax(1)] += spike
+    found = screen.survivors(x, W, torch.zeros(d), 1.2)
+    expected = eager.survivors(x, W, torch.zeros(d), 1.2)[0]
+    assert len(expected) >= n
+    assert torch.equal(found.flat, expected)
+
+
 def test_the_margin_is_what_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x = activations("plain")
     W, b = weights(x, 1021)
