@@ -3,17 +3,18 @@
 Knows: how SAELens and dictionary_learning are installed beside us, and which of their calls is one optimiser step.
 Does not know: what is measured.
 
-SAELens comes with the extra `sae`. dictionary_learning is installed at first use into a folder of its own, without its
-dependencies (an interpretability stack that its trainers do not use), so that it cannot change the versions that everything else
-runs with.
+SAELens comes with the extra `sae`. dictionary_learning is installed at first use into a folder of its own in the user's cache
+($PVSAE_CACHE/peers, or ~/.cache/pvsae/peers), without its dependencies (an interpretability stack that its trainers do not
+use), so that it cannot change the versions that everything else runs with.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +28,6 @@ from pvsae.errors import UserError
 from pvsae.saes.step import Learner, StepConfig
 
 DICTIONARY_LEARNING = "dictionary-learning==0.1.0"
-PLACE = Path(tempfile.gettempdir()) / "pvsae-peers"
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,14 @@ def ours(r: Recipe, first: Tensor) -> Trainee:
 
 
 def saelens(r: Recipe, first: Tensor, autocast: bool = False) -> Trainee:
-    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
+    try:
+        from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+        from sae_lens.config import SAETrainerConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+    except ImportError as error:
+        raise UserError(
+            f"SAELens cannot be imported: {error}", "the package sae-lens, to measure beside it", "pip install 'pvsae[sae]'"
+        ) from error
 
     torch.manual_seed(r.seed)
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=r.d_model, d_sae=r.d_sae, k=r.k, device=r.device))
@@ -150,18 +155,28 @@ def dictionary_learning(r: Recipe, first: Tensor) -> Trainee:
     return Trainee("dictionary_learning", step, encode, trainer.ae.decode, mark_dead, n_dead)
 
 
+def place() -> Path:
+    """The folder of dictionary_learning, of this version: the user's own, where nobody else can put code."""
+    cache = Path(os.environ.get("PVSAE_CACHE") or Path.home() / ".cache" / "pvsae")
+    return cache / "peers" / DICTIONARY_LEARNING.replace("==", "-")
+
+
 def _import_dictionary_learning() -> Any:
     """Its BatchTopK trainer. UserError where it is not there and cannot be installed."""
-    if not (PLACE / "dictionary_learning").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(PLACE), DICTIONARY_LEARNING]
+    folder = place()
+    if not folder.is_dir():
+        part = folder.with_name(f".{folder.name}.{os.getpid()}")  # the folder is there only when it is whole
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(part), DICTIONARY_LEARNING]
         made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
+            shutil.rmtree(part, ignore_errors=True)
             raise UserError(
                 f"{DICTIONARY_LEARNING} could not be installed: {made.stderr.strip()[-300:]}", "a package index that has it",
-                "leave it out with --peers saelens",
+                "try again with a network; python -m benchmarks.sae_training --peers saelens leaves it out",
             )  # fmt: skip
-    if str(PLACE) not in sys.path:
-        sys.path.append(str(PLACE))
+        part.rename(folder)
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     if "nnsight" not in sys.modules:  # imported by its activation buffer, which is not used here
         sys.modules["nnsight"] = types.ModuleType("nnsight")
         sys.modules["nnsight"].LanguageModel = object  # type: ignore[attr-defined]

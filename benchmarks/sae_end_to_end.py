@@ -180,7 +180,7 @@ class Race:
     def _line(self, line: dict[str, Any]) -> None:
         training = self.config.training
         due = line["step"] % self.every == 0 or line["step"] == training.steps
-        if not due or line["dictionary"] != training.dictionaries[-1].name:
+        if not due or line["dictionary"] != training.names[-1]:
             return
         stopped = self._now()
         ids, batches = self.parts.follow(self.stream)
@@ -216,7 +216,7 @@ def measure(model: ChatModel, config: SaeTrainConfig, folder: Path, prefix: str)
     every = training.batch * training.steps
     different = max(float((a.W_dec - b).abs().max()) for a, b in zip(race.parts.learners, decoders, strict=True))
     details = {
-        "dictionaries": [d.name for d in training.dictionaries], "batch": training.batch, "steps": training.steps,
+        "dictionaries": list(training.names), "batch": training.batch, "steps": training.steps,
         "counts": race.stream.counts, "tokenising_seconds": tokenising, "whole_seconds": whole,
         "microseconds_a_trained_token": {
             "forward": 1e6 * sum(t.forward for t in turns) / n, "steps": 1e6 * sum(t.alone for t in turns) / n,

@@ -8,7 +8,8 @@ that, their results are compared. --tiles also times the encoder with other shap
 
 Whole steps are those of a training: the loss, all gradients, the optimiser, threshold and dead counting, on batches that change.
 Ours takes turns with one other trainer at a time (three dictionaries of this size do not fit a GPU): the eager path, SAELens in
-fp32, SAELens in bf16 autocast; then with a tenth of the latents dead.
+fp32, SAELens in bf16 autocast; then with a tenth of the latents dead. Tokens a second are the median of our turns beside SAELens
+in fp32, no latent dead.
 
 Without a CUDA GPU, or without Triton, nothing is run: every check says "not measured", and nothing passes or fails. --check runs
 all of it on a tiny shape, in Triton's interpreter where there is no GPU (TRITON_INTERPRET=1): results are compared, times mean
@@ -34,6 +35,7 @@ from benchmarks.generation import ratio, take_turns
 from benchmarks.peers import PEERS, Recipe, Trainee
 from benchmarks.record import check, record
 from benchmarks.sae_training import DEAD_SHARE, batches
+from pvsae.errors import UserError
 from pvsae.saes.kernels import eager
 from pvsae.saes.kernels import triton as kernels
 
@@ -43,6 +45,7 @@ OTHERS = ("eager", "saelens", "saelens_bf16")
 TARGETS = {"eager": ">= 1.0", "saelens": ">= 4.0", "saelens_bf16": ">= 4.0"}
 STEPS = 5  # in a turn of whole steps, each on a batch of its own
 TOKENS_PER_SECOND = ">= 150000"  # on an H100, at the full shape
+SPEED_OF = "saelens.live"  # the race whose median is the speed: one named beforehand, where the best of several would be luck
 AGREES = ("selection", "decode", "value_grads", "weight_grads", "adam")
 
 
@@ -220,9 +223,9 @@ def measure(shape: Shape, rounds: int, tiles: bool) -> tuple[list[dict[str, Any]
             print(f"step, {kind:5} " + "  ".join(f"{way} {n:12,.0f} tokens/s" for way, n in speed.items()))
             if kind == "live":
                 checks.append(check(f"sae_kernels.step.speed_over_{other}", over, TARGETS[other]))
-    best = max(found["tokens_per_second"]["triton"] for found in details["steps"].values())
     if shape == FULL:
-        checks.append(check("sae_kernels.step.tokens_per_second", best, TOKENS_PER_SECOND))
+        speed = details["steps"][SPEED_OF]["tokens_per_second"]["triton"]
+        checks.append(check("sae_kernels.step.tokens_per_second", speed, TOKENS_PER_SECOND))
     return checks, details
 
 
@@ -297,4 +300,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

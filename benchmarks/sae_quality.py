@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.peers import PEERS, Recipe
 from benchmarks.record import check, record
+from pvsae.errors import UserError
 from pvsae.models import ChatModel, Rendered, Residual, Sampling, load
 
 HELD_OUT = 16_384
@@ -106,4 +108,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

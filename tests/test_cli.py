@@ -309,9 +309,9 @@ def test_shipped_configs_are_listed_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[-1] == "False"
-    assert [line.split()[0] for line in lines[:8]] == [
-        "llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "organism", "organism-llama", "qwen2.5-0.5b-instruct",
-        "qwen2.5-7b-instruct", "qwen3-1.7b", "stories260k",
+    assert [line.split()[0] for line in lines[:9]] == [
+        "llama-3.1-8b-instruct", "llama-3.2-1b-instruct", "organism", "organism-facets", "organism-llama",
+        "qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct", "qwen3-1.7b", "stories260k",
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of a training in progress: one file, and one a shard of the latents where processes share them.
 
-Knows: the files' names, the order in which they are written, and which of them belong together.
+Knows: the files' names, the order in which they are written, which of them belong together, and the version of what is in them.
 Does not know: what is in them.
 
     checkpoint.pt                   everything that the next step depends on, but for what shards hold
@@ -12,6 +12,7 @@ first, and the ones before them go last. Nothing is ever unpickled (weights_only
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pvsae.runs import atomic_path
 from pvsae.saes.grid import Grid
 
 FILE = "checkpoint.pt"
+VERSION = 1  # of the layout of all that is in them: raise it where the state of a stream, a buffer or a learner gets another form
 _SHARD = re.compile(r"^checkpoint\.(\d+)\.(\d+)of(\d+)\.pt$")
 
 
@@ -51,7 +53,8 @@ def load(folder: Path, grid: Grid) -> dict[str, Any] | None:
     """The state in a folder, with the learners of this process' latents as "learners"; None if there is none.
 
     Raises:
-        UserError: it was written by processes that shared the latents in another way, or a shard is missing.
+        UserError: it was written by processes that shared the latents in another way, or by another version; a shard is missing,
+            or a file is damaged.
     """
     file = folder / FILE
     if not file.is_file():
@@ -99,11 +102,24 @@ def _shard(folder: Path, step: int, rank: int, size: int) -> Path:
 
 def _write(file: Path, state: dict[str, Any]) -> None:
     with atomic_path(file) as path:
-        torch.save(state, path)
+        torch.save({"version": VERSION, **state}, path)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return torch.load(file, weights_only=True, map_location="cpu")
+    anew = f"delete {file.parent} to start anew, or choose another --out"
+    try:
+        state = torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file} is damaged and cannot be read ({reason:.200})", "a checkpoint that is whole", anew) from error
+    found = state.pop("version", None) if isinstance(state, dict) else None
+    if found != VERSION:
+        raise UserError(
+            f"{file} is of another version of pvsae: its layout is {found or 'older'}",
+            f"layout {VERSION}",
+            f"go on with the pvsae that wrote it, or {anew}",
+        )
+    return dict(state)
 
 
 def _parts(n: int) -> str:

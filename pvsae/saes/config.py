@@ -9,7 +9,8 @@ Does not know: how YAML becomes dataclasses and how mistakes are said (settings.
     training: {dictionaries: {block: 3, d_sae: [512, 1024], k: 8}, tokens: 1e6}      see trainer.TrainConfig
 
 `dictionaries` is one entry or a list of them. A value of an entry may be a list: every combination is trained, all of them from
-the same forward passes.
+the same forward passes. Each has a folder of its own, called after its block, width, k and seed, and after its learning
+rate where nothing else tells it from another.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from pvsae.saes.shipped import find
 from pvsae.saes.stream import StreamConfig
 from pvsae.saes.trainer import DictionaryConfig, TrainConfig
 
-# What may change between the start of a training and its end: none of it moves a number. (A checkpoint refuses other shards.)
+# What may change between the start of a training and its end: where and how the work is done, and not which work. On the same
+# device none of it moves a number; another one multiplies and sums in its own ways. (A checkpoint refuses other width_shards.)
 _FREE = {
-    "about": None, "model": ("device",), "stream": ("overlap", "buffer_device"),
+    "about": None, "model": ("device",), "stream": ("overlap", "buffer_device", "shards"),
     "training": ("log_every", "checkpoint_every", "width_shards"),
 }  # fmt: skip
 
@@ -82,7 +84,7 @@ class SaeTrainConfig:
             )
 
     def identity(self) -> dict[str, Any]:
-        """The options that the numbers depend on; a run folder is resumed only under the same ones."""
+        """The options that say what is trained; a run folder is resumed only under the same ones (but on any device)."""
         out: dict[str, Any] = {}
         for name, value in settings.plain(self).items():
             free = _FREE.get(name, ())

@@ -148,13 +148,16 @@ def info_of(config: Mapping[str, Any], folder: str | Path) -> SAEInfo:
     if named and block is not None and int(named[1]) != block:
         notes.append(f"its config says layer {block}, its name says {named[1]}; block {named[1]} is taken")
     block = int(named[1]) if named else block
+    special = buffer.get("add_special_tokens")
+    if special:  # whatever the tokenizer adds: a BOS token by Llama's and Gemma's, nothing by Qwen's
+        notes.append("its contexts began with the tokenizer's special tokens; whether a BOS token is among them, it does not say")
     plain = {key: value for key, value in trainer.items() if isinstance(value, str | int | float | bool | None)}
     return SAEInfo(
         model=trainer.get("lm_name"),
         block=block,
         site="resid_post" if buffer.get("io", "out") == "out" else str(buffer["io"]),
         k=trainer.get("k"),
-        prepend_bos=buffer.get("add_special_tokens"),
+        prepend_bos=False if special is False else None,
         context_size=buffer.get("ctx_len"),
         training={"package": "dictionary_learning", "trainer": plain, "buffer": dict(buffer)},
         notes=tuple(notes),

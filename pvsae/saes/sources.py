@@ -370,9 +370,9 @@ def _load_dataset(source: Source) -> Any:
         return datasets.load_dataset(
             source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
-    except (OSError, ValueError, RuntimeError) as error:  # not found, offline, unknown subset or split, gated
-        raise UserError(
-            f"dataset {source.dataset} cannot be loaded: {error}",
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(  # not found, offline, unknown subset or split, gated, or files that are not what their names say
+            f"dataset {source.dataset} cannot be loaded: {_why(error)}",
             "the name of a dataset on the Hub (or in the cache), with its subset and split",
             "check the name, the network, or that you may read it; a local file goes into path:",
         ) from error
@@ -391,5 +391,10 @@ def _load_local_dataset(files: list[Path], suffix: str, source: Source) -> Any:
             return datasets.load_dataset(builders[suffix], data_files=[str(f) for f in files], split="train")
         data = datasets.load_from_disk(str(files[0]))
         return data[source.split] if isinstance(data, datasets.DatasetDict) else data
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{source.path} cannot be read: {error}", "a file or folder that `datasets` can read") from error
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{source.path} cannot be read: {_why(error)}", "a file or folder that `datasets` can read") from error
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, with what lay behind it: `datasets` says by itself only that a dataset could not be made."""
+    return str(error) if error.__cause__ is None else f"{error} ({error.__cause__})"

@@ -25,6 +25,7 @@ from pvsae.errors import UserError
 from pvsae.models import ChatModel
 from pvsae.models.fingerprint import fingerprint
 from pvsae.models.hooks import check
+from pvsae.models.loading import resolve_device
 from pvsae.saes.buffer import Batch, ShuffleBuffer
 from pvsae.saes.corpus import Corpus, Row, Rows
 from pvsae.saes.harvest import TokenResiduals, harvest, passes_of, windows
@@ -50,10 +51,12 @@ class StreamConfig:
         outlier_multiple: tokens whose norm is above so many times the running median are left out (the paper's dictionaries:
             10); None leaves none out. A token that is an outlier at one block is left out for all blocks of the pass, since
             their batches hold the same tokens.
-        calibration_tokens: tokens on which scale and first median are measured, held-out ones if there are any.
+        calibration_tokens: tokens on which scale and first median are measured, held-out ones if there are any. If there are
+            fewer, those are used, and `info` has a note that says so.
         shards: folder in which activations are kept, so that other runs on the same model, corpus, blocks and batch_tokens read
             them in place of running the model; None keeps none.
-        overlap: on a GPU, compute the next pass while the last batch is being used.
+        overlap: on a GPU, compute the next pass while the last batch is being used. It does nothing beside `shards`, whose passes
+            are run, or read, when they are needed.
         seed: of the buffer and the order of passes.
     """
 
@@ -134,7 +137,8 @@ class ActivationStream:
                 and the first one writes.)
             about: plain values that are to be kept with a dictionary's record of its training, such as the model's options.
 
-        Raises: UserError for bad options, an unknown block, too little memory, or shards of another stream.
+        Raises: UserError for bad options, an unknown block, a device that is not there, too little memory, or shards of another
+            stream.
         """
         self.config = config or StreamConfig()
         self.config.check()
@@ -150,7 +154,7 @@ class ActivationStream:
                 "raise buffer_tokens, or lower batch_tokens or the corpus's context",
             )
         self.shards = Shards(self.config.shards, self._about()) if self.config.shards else None
-        device = self.config.buffer_device or model.device
+        device = resolve_device(self.config.buffer_device or model.device)
         self.buffer = ShuffleBuffer(
             self.blocks, self.config.buffer_tokens, model.d_model, dtype=self.dtype, device=device, seed=self.config.seed
         )
@@ -281,7 +285,8 @@ class ActivationStream:
 
     def info(self, block: int) -> SAEInfo:
         """What a dictionary of this stream should keep of it; a trainer adds its own part."""
-        config = self.corpus.config
+        config, measured, wanted = self.corpus.config, self.calibration.tokens, self.config.calibration_tokens
+        note = f"its scale and the first median of norms were measured on {measured:,} tokens, of {wanted:,} wanted"
         return SAEInfo(
             model=self.model.name,
             block=block,
@@ -292,6 +297,7 @@ class ActivationStream:
             context_size=config.context,
             dataset=", ".join(source.name for source in config.sources),
             training={**self.about, "corpus": plain(config)},
+            notes=(note,) if measured < wanted else (),
         )
 
     # ------------------------------------------------------------------------------------------------------ calibration
@@ -364,7 +370,6 @@ class ActivationStream:
         model's forward pass repeats itself.
         """
         return {
-            "version": 1,
             "about": self._about() | self._mixing(),
             "position": copy.deepcopy(self._position),
             "ended": self._ended,

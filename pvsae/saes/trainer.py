@@ -16,6 +16,7 @@ a saved dictionary takes raw residuals.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pvsae.errors import UserError
-from pvsae.runs import atomic_path
+from pvsae.runs import atomic_path, differing_keys
 from pvsae.saes import checkpoint
 from pvsae.saes.dictionary import SAE
 from pvsae.saes.folders import CONFIG, load, save
@@ -41,8 +42,9 @@ from pvsae.saes.parallel import ALONE, Group
 from pvsae.saes.step import Learner, StepConfig, StepStats
 
 UNITS = ("element", "token")
-# What may change on the way; checkpoint.py has the last word.
+# What may change on the way (checkpoint.py has the last word), and what of it is not to be seen in a dictionary.
 _FREE = ("log_every", "checkpoint_every", "width_shards", "drop_dead")
+_UNSEEN = ("log_every", "checkpoint_every", "width_shards")
 
 Batch = Mapping[int, Tensor]
 Log = Callable[[dict[str, Any]], None]
@@ -87,7 +89,7 @@ class DictionaryConfig:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Its folder's name, but for learning rates side by side, see TrainConfig.names."""
         return f"block-{self.block}_width-{self.d_sae}_k-{self.k:g}" + (f"_seed-{self.seed}" if self.seed else "")
 
     @property
@@ -157,15 +159,22 @@ class TrainConfig:
         if not self.k_start > 0:
             raise UserError(f"k_start is {self.k_start}", "a positive number")
         _check_step(self.step)
-        names = [d.name for d in self.dictionaries]
-        if len(set(names)) < len(names):
+        if len(set(self.names)) < len(self.names):
             raise UserError(
-                f"two dictionaries are the same: {max(names, key=names.count)}", "another block, width, k or seed each"
+                f"two dictionaries are the same: {max(self.names, key=self.names.count)}",
+                "another block, width, k, seed or lr each",
             )
 
     @property
     def steps(self) -> int:
         return self.tokens // self.batch
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Folders of the dictionaries, in their order; where nothing but the learning rate tells some apart, with that."""
+        names = [d.name for d in self.dictionaries]
+        rates = [f"_lr-{d.peak_lr:g}" if names.count(d.name) > 1 else "" for d in self.dictionaries]
+        return tuple(name + rate for name, rate in zip(names, rates, strict=True))
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -220,6 +229,7 @@ def train(
     group: Group = ALONE,
     log: Log | None = None,
     progress: bool = True,
+    at_end: Callable[[], object] | None = None,
 ) -> list[Trained]:
     """Trains every dictionary of the config, from the checkpoint in the folder if there is one, and saves them.
 
@@ -230,24 +240,28 @@ def train(
         group: processes that share the work; the first one writes.
         log: called with every line of metrics.jsonl (for TensorBoard, W&B and the like).
         progress: whether to show a bar.
+        at_end: called when the last step is done and no dictionary is saved yet. Whoever is killed later finds the dictionaries,
+            and the stream that made them is not asked again.
 
     Raises:
-        UserError: the stream ends before the tokens are reached, a checkpoint of another config, activations that are not finite,
-            and what `check_processes` raises.
+        UserError: the stream ends before the tokens are reached, a checkpoint or dictionaries of another config, activations that
+            are not finite, and what `check_processes` raises.
     """
     folder = Path(folder)
     if finished(config, folder):
-        return [read_back(folder, d.name) for d in config.dictionaries]
+        return read_back(config, folder)
     check_processes(config, group, folder)
     run = _Run(stream, config, folder, device, group)
     if run.done < config.steps:
         run.train(log, progress)
+    if at_end is not None:
+        at_end()
     return [run.finish(i) for i in range(len(config.dictionaries))]
 
 
 def finished(config: TrainConfig, folder: Path) -> bool:
-    """Whether all dictionaries are in the folder."""
-    return all((folder / d.name / CONFIG).is_file() for d in config.dictionaries)
+    """Whether all dictionaries are in the folder, by their names; `read_back` looks at what they are."""
+    return all((folder / name / CONFIG).is_file() for name in config.names)
 
 
 def check_processes(config: TrainConfig, group: Group, folder: Path) -> None:
@@ -260,9 +274,24 @@ def check_processes(config: TrainConfig, group: Group, folder: Path) -> None:
         raise UserError(f"batches of {config.batch} tokens on {group.size} processes{of_each}", f"a multiple of {rows}")
 
 
-def read_back(folder: Path, name: str) -> Trained:
-    """A finished dictionary of a training folder."""
+def read_back(config: TrainConfig, folder: Path) -> list[Trained]:
+    """The dictionaries of a finished training. UserError if they come from another config: names do not tell all of it."""
+    return [_read_back(config, i, folder) for i in range(len(config.dictionaries))]
+
+
+def _read_back(config: TrainConfig, i: int, folder: Path) -> Trained:
+    name = config.names[i]
     sae = load(folder / name)
+    found, mine = (
+        {key: value for key, value in values.items() if key not in _UNSEEN}
+        for values in (dict(sae.info.training.get("config") or {}), _record(config, config.dictionaries[i]))
+    )
+    if other := differing_keys(found, mine):
+        raise UserError(
+            f"{folder / name} was trained with another config; it differs in: {', '.join(other)}",
+            "the options that it was trained with",
+            "choose another --out, or delete that folder",
+        )
     return Trained(name, sae, dict(sae.info.training.get("last", {})))
 
 
@@ -293,13 +322,13 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------------- steps
     def train(self, log: Log | None, progress: bool) -> None:
         """Runs to the last step."""
-        config, rank = self.config, self.grid.everyone.rank
+        config = self.config
         share = config.batch // self.grid.data.size
         first = self.grid.data.rank * share
-        writes = rank == 0
+        writes = self.grid.everyone.rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
-            (self.folder / ("metrics.jsonl" if writes else f".metrics-{rank}.jsonl")).open("a") as file,
+            (self.folder / "metrics.jsonl").open("a") if writes else contextlib.nullcontext() as file,
             tqdm(
                 total=config.steps * config.batch, initial=self.done * config.batch, desc="training", unit="tok",
                 unit_scale=True, disable=not (progress and writes),
@@ -318,8 +347,8 @@ class _Run:
                     stats, begun = self._read(begun, self.done), []
                 before = begun
                 if logs:
-                    for i, (d, s) in enumerate(zip(config.dictionaries, stats, strict=True)):
-                        self.last[i] = {"step": self.done, "tokens": self.done * config.batch, "dictionary": d.name, **asdict(s)}
+                    for i, (name, s) in enumerate(zip(config.names, stats, strict=True)):
+                        self.last[i] = {"step": self.done, "tokens": self.done * config.batch, "dictionary": name, **asdict(s)}
                         if writes:
                             print(json.dumps(self.last[i]), file=file, flush=True)
                         if log is not None and writes:
@@ -350,10 +379,10 @@ class _Run:
     def _read(self, begun: Sequence[Reading], step: int) -> list[StepStats]:
         """Statistics of a step, counted from 1. UserError if a loss is not finite."""
         stats = [read() for read in begun]
-        for d, s in zip(self.config.dictionaries, stats, strict=False):
+        for name, s in zip(self.config.names, stats, strict=False):
             if not math.isfinite(s.loss):
                 raise UserError(
-                    f"the loss of {d.name} is {s.loss} at step {step}",
+                    f"the loss of {name} is {s.loss} at step {step}",
                     "a finite loss",
                     "lower lr, or look for activations that are far too large (outlier_multiple)",
                 )
@@ -406,7 +435,7 @@ class _Run:
     # --------------------------------------------------------------------------------------------------------------- end
     def finish(self, i: int) -> Trained:
         """Sets the threshold on held-out tokens, folds the scale, saves."""
-        d, learner = self.config.dictionaries[i], self.learners[i]
+        d, name, learner = self.config.dictionaries[i], self.config.names[i], self.learners[i]
         held_out = self._scaled(self.stream.held_out(self.config.calibration_tokens))[d.block]
         scale = self._scale(d.block, held_out.shape[1])
         threshold = calibrated_threshold(learner, held_out, d.k)
@@ -423,7 +452,7 @@ class _Run:
             source,
             k=d.k,
             training={
-                **source.training, "config": {**_plain(self.config), "dictionaries": [asdict(d)]},
+                **source.training, "config": _record(self.config, d),
                 "scale": scale, "tokens": self.done * self.config.batch, "last": last,
                 "versions": {name: version(name) for name in ("pvsae", "torch")},
             },
@@ -440,14 +469,14 @@ class _Run:
                 W_enc, b_enc, W_dec = W_enc[alive], b_enc[alive], W_dec[alive]
                 notes.append(f"{d.d_sae - n_alive:,} of {d.d_sae:,} latents were dead at the end of training, and left out")
             info = replace(info, notes=tuple(notes))
-            ref = str(self.folder / d.name)
+            ref = str(self.folder / name)
             sae = SAE(W_enc.T, b_enc, W_dec, learner.b_dec, threshold, info=info, ref=ref).unscaled(scale)
             if self.grid.everyone.rank == 0:
-                save(sae, self.folder / d.name)
+                save(sae, self.folder / name)
         if self.grid.width.size > 1:
             self.grid.everyone.wait()
-            return read_back(self.folder, d.name)
-        return Trained(d.name, sae, last)
+            return _read_back(self.config, i, self.folder)
+        return Trained(name, sae, last)
 
 
 def calibrated_threshold(learner: Learner, x: Float[Tensor, "n d_model"], k: float) -> float:
@@ -502,3 +531,8 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     out["dictionaries"] = [asdict(d) for d in config.dictionaries]
     out["step"] = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config.step).items()}
     return out
+
+
+def _record(config: TrainConfig, d: DictionaryConfig) -> dict[str, Any]:
+    """What a dictionary keeps of the config: all but the other dictionaries, which change nothing in it."""
+    return {**_plain(config), "dictionaries": [asdict(d)]}

@@ -33,7 +33,6 @@ from pvsae.stages.inputs import pin
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
-    from pvsae.saes.stream import ActivationStream
 
 __all__ = ["COMMAND", "SaeTrainConfig", "SaeTrainResult", "load_config", "plan", "run"]
 
@@ -91,9 +90,9 @@ def run(
             folder = RunDir.open(path, COMMAND, config.identity(), config.corpus.seed)
             atomic_write_text(path / "config.yaml", settings.dump(config))
         with open_logs(logs if first else (), path, settings.plain(config)) as log:
-            trained, stream = _train(config, path, folder, model, group, log, progress and first)
+            trained = _train(config, path, folder, model, group, log, progress and first)
         if folder is not None:
-            _write(folder, config, trained, stream)
+            _write(folder, config, trained)
             checkpoint.remove(path)  # as large as the buffer and the weights; the dictionaries are whole
     finally:
         if folder is not None:
@@ -106,7 +105,7 @@ def plan(config: SaeTrainConfig) -> str:
     """What `run` would take, for people to read. The model's config is read, and nothing of its weights or of the text.
 
     Raises:
-        UserError: no such model, or blocks that it does not have.
+        UserError: no such model, blocks that it does not have, or a device that is not there.
     """
     from pvsae.models import model_shape
     from pvsae.models.loading import resolve_device, resolve_dtype
@@ -114,6 +113,7 @@ def plan(config: SaeTrainConfig) -> str:
 
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device)
+    resolve_device(config.stream.buffer_device or device)
     shape = model_shape(config.model.name)
     if max(config.training.blocks) >= shape.n_blocks or min(config.training.blocks) < 0:
         raise UserError(
@@ -126,7 +126,10 @@ def plan(config: SaeTrainConfig) -> str:
     lines = [
         f"model     {config.model.name}: {shape.n_blocks} blocks of {shape.d_model}, {shape.parameters / 1e6:,.4g}M parameters "
         f"in {kind} on {device}",
-        *(f"trains    {d.name}, learning rate {d.peak_lr:.2g}" for d in config.training.dictionaries),
+        *(
+            f"trains    {name}, learning rate {d.peak_lr:.2g}"
+            for name, d in zip(config.training.names, config.training.dictionaries, strict=True)
+        ),
     ]
     return "\n".join([*lines, str(found)])
 
@@ -139,15 +142,15 @@ def _train(
     group: Group,
     log: Log | None,
     progress: bool,
-) -> tuple[list[Trained], ActivationStream | None]:
-    """The dictionaries, and the stream that they came from; None where they were there already."""
+) -> list[Trained]:
+    """The dictionaries; where they are not there already, what was read and left out of the text is written down before them."""
     from pvsae.models import load as load_model
     from pvsae.saes.corpus import Corpus
     from pvsae.saes.stream import ActivationStream
 
     training = config.training
     if finished(training, path):
-        return [read_back(path, d.name) for d in training.dictionaries], None
+        return read_back(training, path)
     c = config.model
     model = model or load_model(c.name, adapter=c.adapter, dtype=c.dtype, device=c.device, attn=c.attn, chat=c.chat)
     corpus = Corpus(model, config.corpus, progress=progress)
@@ -155,25 +158,28 @@ def _train(
     stream = ActivationStream(model, corpus, training.blocks, config.stream, group=group, about=about)
     if folder is not None:
         pin(folder, model, {"corpus": corpus.fingerprint})
-    return train(stream, training, path, device=model.device, group=group, log=log, progress=progress), stream
+
+    def at_end() -> None:
+        if folder is not None:
+            folder.do_json("text", lambda: {"sources": corpus.describe(), "counts": stream.counts})
+
+    return train(stream, training, path, device=model.device, group=group, log=log, progress=progress, at_end=at_end)
 
 
 def _table(config: SaeTrainConfig, trained: list[Trained]) -> pd.DataFrame:
     rows = []
     for d, one in zip(config.training.dictionaries, trained, strict=True):
         known = {"block": d.block, "d_sae": d.d_sae, "k": d.k, "seed": d.seed, **one.last}
-        rows.append({"dictionary": d.name, **{shown: known.get(name) for name, shown in _SHOWN.items()}})
+        rows.append({"dictionary": one.name, **{shown: known.get(name) for name, shown in _SHOWN.items()}})
     return pd.DataFrame(rows)
 
 
-def _write(folder: RunDir, config: SaeTrainConfig, trained: list[Trained], stream: ActivationStream | None) -> None:
+def _write(folder: RunDir, config: SaeTrainConfig, trained: list[Trained]) -> None:
     """Tables and summary."""
     table = _table(config, trained)
     folder.table("dictionaries", table)
     lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     folder.table("metrics", pd.DataFrame([json.loads(line) for line in lines]))
-    if stream is not None:  # what was read and left out is known only where the stream has run
-        folder.do_json("text", lambda: {"sources": stream.corpus.describe(), "counts": stream.counts})
     text = folder.do_json("text", lambda: {"sources": [], "counts": {}})
     folder.result(_summary(config, table, text))
 

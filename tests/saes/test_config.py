@@ -77,6 +77,18 @@ def test_lists_in_an_entry_are_combined() -> None:
     assert [d.name for d in both[8:]] == ["block-0_width-32_k-2", "block-0_width-32_k-2_seed-1"]
 
 
+def test_learning_rates_side_by_side_are_told_apart_by_their_folders() -> None:
+    grid = [{"block": 1, "d_sae": 64, "k": [4, 8], "lr": [1e-3, 2e-3]}, {"block": 0, "d_sae": 2**14, "k": 4, "lr": 5e-4}]
+    assert config_of(values(dictionaries=grid)).training.names == (
+        "block-1_width-64_k-4_lr-0.001", "block-1_width-64_k-4_lr-0.002",
+        "block-1_width-64_k-8_lr-0.001", "block-1_width-64_k-8_lr-0.002", "block-0_width-16384_k-4",
+    )  # fmt: skip
+    beside_the_law = {"block": 0, "d_sae": 2**14, "k": 4, "lr": [None, 1e-3]}
+    assert config_of(values(dictionaries=beside_the_law)).training.names[0] == "block-0_width-16384_k-4_lr-0.0002"
+    with pytest.raises(UserError, match=r"two dictionaries are the same: block-0_width-16384_k-4_lr-0\.0002"):
+        config_of(values(dictionaries={**beside_the_law, "lr": [None, 2e-4]}))
+
+
 def test_words_change_a_config() -> None:
     words = ["training.dictionaries.k=[4, 16]", "training.tokens=2e5", "corpus.sources.0.max_samples=500", "stream.seed=3"]
     config = load_config("organism", words)
@@ -115,10 +127,10 @@ def test_a_config_that_is_not_there_is_named() -> None:
         load_config("organsim")
 
 
-def test_only_what_moves_no_number_may_change_in_a_run() -> None:
+def test_only_where_and_how_the_work_is_done_may_change_in_a_run() -> None:
     base = load_config("organism").identity()
-    free = ["about=x", "model.device=cuda", "stream.overlap=false", "stream.buffer_device=cpu", "training.log_every=3",
-            "training.checkpoint_every=7"]  # fmt: skip
+    free = ["about=x", "model.device=cuda", "stream.overlap=false", "stream.buffer_device=cpu", "stream.shards=folder",
+            "training.log_every=3", "training.checkpoint_every=7"]  # fmt: skip
     assert load_config("organism", free).identity() == base
     for word in ("stream.seed=1", "training.tokens=2e5", "corpus.context=200", "model.dtype=bfloat16"):
         assert load_config("organism", [word]).identity() != base

@@ -64,6 +64,9 @@ def test_it_says_what_the_config_says_and_no_more(tmp_path):
     assert info.notes == ()
     folder = write_folder(tmp_path / "b", config=make_config("BatchTopKSAE", add_special_tokens=False))
     assert load(folder).info.prepend_bos is False
+    folder = write_folder(tmp_path / "d", config=make_config("BatchTopKSAE", add_special_tokens=True))
+    assert load(folder).info.prepend_bos is None, "Qwen's tokenizer has no BOS token to add"
+    assert "whether a BOS token is among them" in load(folder).info.notes[0]
     wrong = make_config("BatchTopKSAE", layer=20)
     wrong["trainer"]["submodule_name"] = "resid_post_layer_19"
     info = load(write_folder(tmp_path / "c", config=wrong)).info

@@ -68,6 +68,7 @@ training:
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("report:") == 1, "one process speaks"
         assert not list((tmp_path / name).glob("checkpoint*"))
+        assert not list((tmp_path / name).glob(".metrics*")), "a process that does not write leaves nothing"
     one = curve(tmp_path / "one")
     assert len(one) == 10
     whole = load(tmp_path / "one" / "block-2_width-96_k-4")

@@ -256,6 +256,15 @@ class TestDatasets:
         place = json.loads(json.dumps(reader.place(130)))
         assert rows(source, place) == [text(i) for i in range(130, 300)]
 
+    def test_a_file_that_is_not_what_its_name_says_is_an_error(self, tmp_path) -> None:
+        file = tmp_path / "named" / "train.json"
+        file.parent.mkdir()
+        file.write_text("{nope")
+        with pytest.raises(UserError, match=r"train.json cannot be read: (?s:.*)JSON"):
+            Reader(Source(path=str(file)))
+        with pytest.raises(UserError, match=r"named cannot be loaded: (?s:.*)JSON"):
+            Reader(Source(dataset=str(file.parent)))
+
     def test_an_unknown_name_is_an_error_that_says_why(self) -> None:
         with pytest.raises(UserError, match="nobody/has-this cannot be loaded"):
             Reader(Source(dataset="nobody/has-this"))

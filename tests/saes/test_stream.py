@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from itertools import islice
@@ -167,6 +168,53 @@ def test_an_open_walk_goes_on_from_what_was_restored(model, corpus) -> None:
     assert not equal(first, wanted)
 
 
+class Queue:
+    """Stands in for a CUDA stream and its events, on a machine without any: all work is done at once."""
+
+    waited = 0
+
+    def record_event(self) -> object:
+        return object()
+
+    def wait_event(self, event: object) -> None:
+        assert event is not None
+        self.waited += 1
+
+
+def test_a_pass_that_is_computed_ahead_is_neither_lost_nor_given_twice(model, corpus, monkeypatch) -> None:
+    main = Queue()
+    monkeypatch.setattr(torch.cuda, "stream", lambda queue: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, queue: None)
+
+    def ahead():
+        some = stream(model, corpus)
+        some._side = Queue()
+        return some
+
+    whole = list(stream(model, corpus).batches(60))
+    first = ahead()
+    batches = first.batches(60)
+    n_ahead = 0
+    for at in range(len(whole) + 1):
+        if at % 5 == 0 or at == len(whole):
+            n_ahead += first._ahead is not None
+            state = first.state()
+            for fresh in (ahead(), stream(model, corpus)):
+                fresh.restore(state)
+                assert equal(list(fresh.batches(60)), whole[at:]), at
+        if at < len(whole):
+            assert equal([next(batches)], whole[at : at + 1])
+    assert n_ahead > 2
+    assert main.waited > 3, "a pass is waited for before it is used"
+    first = ahead()
+    batches = first.batches(60)
+    state, early = first.state(), list(islice(batches, 3))
+    assert first._ahead is not None
+    first.restore(state)
+    assert equal(list(islice(batches, 3)), early), "what was computed ahead of another place is not taken"
+
+
 def test_resuming_tokenises_nothing(model, corpus, monkeypatch) -> None:
     some = stream(model, corpus)
     list(islice(some.batches(60), 3))
@@ -318,17 +366,22 @@ def test_outliers_are_left_out_counted_and_kept_in_the_filter(sinking) -> None:
 def test_an_outlier_at_one_block_is_left_out_for_all(sinking, monkeypatch) -> None:
     model, corpus, _ = sinking
     some = stream(model, corpus, (0, 2), outlier_multiple=10.0)
-    real = some._harvest
+    assert some.scale  # measured before anything is planted
+    real, planted_at = some._harvest, []
+    inliers_before = {tuple(b[2][0].tolist()) for b in stream(model, corpus, (0, 2), outlier_multiple=10.0).batches(1)}
 
     def planted(rows):
         found = real(rows)
         found[0][5] *= 1e4
+        planted_at.append(tuple(found[2][5].tolist()))
         return found
 
     monkeypatch.setattr(some, "_harvest", planted)
     batches = list(some.batches(1))
-    assert all(len(b[0]) == len(b[2]) == 1 for b in batches)
     assert not any(some.outliers[0].outliers(b[0]).any() for b in batches)
+    usual = {at for at in planted_at if at in inliers_before}
+    assert len(usual) > 5, "tokens that nothing but their residual at block 0 makes outliers"
+    assert not usual & {tuple(b[2][0].tolist()) for b in batches}, "they are left out of block 2, too"
 
 
 def test_held_out_comes_with_or_without_outliers_and_scale_is_measured_without(sinking) -> None:
@@ -342,6 +395,15 @@ def test_held_out_comes_with_or_without_outliers_and_scale_is_measured_without(s
     without = stream(model, corpus, outlier_multiple=None)
     assert without.outliers == {}
     assert len(without.held_out(100_000)[1]) == len(every[1])
+
+
+def test_a_scale_from_fewer_tokens_than_wanted_is_noted(model, corpus) -> None:
+    some = stream(model, corpus, calibration_tokens=50_000)
+    assert 0 < some.calibration.tokens < 50_000
+    assert some.info(1).notes == (
+        f"its scale and the first median of norms were measured on {some.calibration.tokens:,} tokens, of 50,000 wanted",
+    )
+    assert stream(model, corpus).info(1).notes == ()
 
 
 def test_the_running_median_follows(model, corpus) -> None:
@@ -404,6 +466,8 @@ def test_a_damaged_shard_is_filled_again_with_the_same_bits(model, corpus, tmp_p
         ({"outlier_multiple": 0.5}, "outlier_multiple"),
         ({"outlier_multiple": float("inf")}, "outlier_multiple inf"),
         ({"seed": -1}, "seed"),
+        ({"buffer_device": "gpu"}, "unknown device 'gpu'"),
+        ({"buffer_device": "cuda:99"}, "device 'cuda:99' is not on this machine"),
     ],
 )
 def test_bad_options_are_errors(model, corpus, options, said) -> None:

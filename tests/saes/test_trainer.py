@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,26 @@ def test_a_line_of_metrics_that_was_cut_short_is_written_again(tmp_path: Path) -
     assert metrics.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:2000]), "checkpoint.pt is damaged"),
+        (lambda file: file.write_bytes(b""), "checkpoint.pt is damaged"),
+        (lambda file: file.write_bytes(b"no checkpoint at all"), "checkpoint.pt is damaged"),
+        (lambda file: torch.save({**torch.load(file, weights_only=True), "version": 0}, file), "another version of pvsae"),
+        (lambda file: torch.save({"done": 20}, file), "its layout is older"),
+        (lambda file: torch.save([1], file), "another version of pvsae"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_gone_on_with_is_said(tmp_path: Path, harm: Any, said: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(Made(kill_at=33), config(), tmp_path, progress=False)
+    harm(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=said) as error:
+        train(Made(), config(), tmp_path, progress=False)
+    assert "start anew" in str(error.value)
+
+
 def test_thresholds_at_the_end_are_those_of_the_saved_dictionary(tmp_path: Path) -> None:
     for one in train(Made(), config(), tmp_path, progress=False):
         assert one.last["threshold"] == pytest.approx(float(one.sae.threshold[0]), rel=1e-5)
@@ -192,6 +213,34 @@ def test_a_finished_training_is_not_run_again(tmp_path: Path) -> None:
     train(untouched, config(10), tmp_path, progress=False)
     assert untouched.n == 10, "the stream stands where the checkpoint says, and no step is run"
     assert load(tmp_path / first[1].name).d_sae == 40
+
+
+def test_dictionaries_of_another_config_are_not_given_out_as_those_asked_for(tmp_path: Path) -> None:
+    """Their folders have the same names: learning rate, tokens and the options of a step are in no name."""
+    train(Made(), config(10), tmp_path, progress=False)
+    hotter = tuple(replace(d, lr=1e-2) for d in config().dictionaries)
+    for other, said in (
+        (config(10, dictionaries=hotter), "dictionaries"),
+        (config(20), "tokens"),
+        (config(10, step=StepConfig(clip=None)), "step.clip"),
+        (config(10, drop_dead=True), "drop_dead"),
+    ):
+        with pytest.raises(UserError, match=rf"block-1_width-64_k-4 was trained with another config; it differs in: {said}\n"):
+            train(Made(kill_at=0), other, tmp_path, progress=False)
+    train(Made(kill_at=0), config(10, log_every=1, checkpoint_every=3), tmp_path, progress=False)
+    alone = config(10, dictionaries=config().dictionaries[1:])
+    assert [one.name for one in train(Made(kill_at=0), alone, tmp_path, progress=False)] == ["block-3_width-40_k-3"]
+
+
+def test_a_grid_of_learning_rates_is_trained_into_folders_of_their_own(tmp_path: Path) -> None:
+    both = tuple(DictionaryConfig(block=1, d_sae=64, k=4, lr=lr) for lr in (1e-3, 3e-3))
+    names = ["block-1_width-64_k-4_lr-0.001", "block-1_width-64_k-4_lr-0.003"]
+    made = train(Made(), config(20, dictionaries=both), tmp_path, progress=False)
+    assert [one.name for one in made] == [one.last["dictionary"] for one in made] == names
+    again = train(Made(kill_at=0), config(20, dictionaries=both), tmp_path, progress=False)
+    alone = train(Made(), config(20, dictionaries=both[1:]), tmp_path / "alone", progress=False)
+    assert torch.equal(again[1].sae.W_dec, alone[0].sae.W_dec)
+    assert not torch.equal(again[0].sae.W_dec, again[1].sae.W_dec)
 
 
 def test_the_schedules() -> None:

@@ -128,6 +128,19 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(
     assert (finished.path / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_killed_before_its_summary_it_still_knows_what_was_left_out(finished, texts, tiny_models, tmp_path, monkeypatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sae_train, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sae_train.run(config(texts), tmp_path / "run", model=tiny_models("qwen2"), progress=False)
+    assert not (tmp_path / "run" / "result.json").exists()
+    sae_train.run(config(texts), tmp_path / "run", progress=False)
+    assert read_json(tmp_path / "run" / "result.json") == read_json(finished.path / "result.json")
+
+
 def test_too_few_processes_for_the_shards_are_refused_before_anything_is_loaded(texts, tmp_path) -> None:
     with pytest.raises(UserError, match="width_shards is 2, and there is one process") as error:
         sae_train.run(config(texts, width_shards=2), tmp_path / "run", progress=False)  # there is no model called "tiny" to load
@@ -206,6 +219,8 @@ def test_the_plan_counts_what_the_training_takes(finished, texts, tiny_models, t
     unknown = replace(named, training=replace(wanted.training, dictionaries=both))
     with pytest.raises(UserError, match=r"blocks 1, 9 of (?s:.*)0 to 3"):
         sae_train.plan(unknown)
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        sae_train.plan(replace(named, stream=replace(named.stream, buffer_device="gpu")))
 
 
 @pytest.mark.slow
