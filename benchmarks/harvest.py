@@ -30,8 +30,8 @@ from pvsae.errors import UserError
 from pvsae.models import ChatModel, load
 from pvsae.saes.corpus import Corpus, CorpusConfig, Row
 from pvsae.saes.harvest import harvest, padded, passes_of, windows
-from pvsae.saes.sources import Source
 from pvsae.saes.stream import ActivationStream, StreamConfig
+from pvsae.sources import Source
 
 BATCH_TOKENS = 4096
 CONTEXT = 256

@@ -25,9 +25,9 @@ from jaxtyping import Bool, Int, Int32, UInt64
 
 from pvsae.errors import UserError
 from pvsae.runs import jsonable
-from pvsae.saes.sources import Reader, Source
 from pvsae.saes.tokenising import ASSISTANT, ROLE_BITS, SPECIAL, TEXT, Tokeniser, Tokens
 from pvsae.saes.tokenstore import TokenStore
+from pvsae.sources import Reader, Source
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel

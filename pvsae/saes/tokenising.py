@@ -19,7 +19,7 @@ from jaxtyping import Int32, UInt8
 
 from pvsae.errors import UserError
 from pvsae.models.chat import ChatTemplate, Rendered
-from pvsae.saes.sources import Bad, Value
+from pvsae.sources import Bad, Value
 
 # The flag of a token: its role, plus SPECIAL. What a template writes around the messages has the role TEMPLATE.
 TEMPLATE, SYSTEM, USER, ASSISTANT, TEXT = range(5)

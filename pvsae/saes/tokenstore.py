@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from pvsae.errors import UserError
 from pvsae.runs import atomic_path, read_json, sha256_of, write_json
-from pvsae.saes.sources import Bad, Reader, Value, content_key
 from pvsae.saes.tokenising import Tokens
+from pvsae.sources import Bad, Reader, Value, content_key
 
 try:
     import fcntl

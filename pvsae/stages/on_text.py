@@ -15,7 +15,7 @@ from pvsae.errors import UserError
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
     from pvsae.saes.dictionary import SAE
-    from pvsae.saes.sources import Source
+    from pvsae.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def masks_of(sae: SAE) -> dict[str, Any]:
 
 def source_of(text: str | Source) -> Source:
     """A file or pattern where there is such a file, or it looks like one, else a dataset's name."""
-    from pvsae.saes.sources import Source
+    from pvsae.sources import Source
 
     if not isinstance(text, str):
         return text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pvsae.saes.corpus import Corpus, CorpusConfig
-from pvsae.saes.sources import Source
+from pvsae.sources import Source
 
 WORDS = (
     "the", "ferry", "leaves", "harbour", "nine", "comes", "back", "before", "dark", "nobody", "knows", "why", "old", "clock",

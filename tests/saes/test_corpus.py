@@ -12,7 +12,7 @@ import pytest
 
 from pvsae.errors import UserError
 from pvsae.saes.corpus import Corpus, CorpusConfig
-from pvsae.saes.sources import Source
+from pvsae.sources import Source
 from tests.saes.corpora import chat, open_corpus, text, write_chats, write_jsonl, write_texts
 
 

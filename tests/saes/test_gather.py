@@ -10,7 +10,7 @@ from pvsae.errors import UserError
 from pvsae.saes.evidence import Evidence
 from pvsae.saes.gather import Place, gather, live_latents, median_norm, rows_again
 from pvsae.saes.harvest import harvest
-from pvsae.saes.sources import Source
+from pvsae.sources import Source
 from tests.saes.corpora import open_corpus, write_texts
 from tests.saes.small import make_sae
 

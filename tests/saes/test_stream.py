@@ -14,8 +14,8 @@ import torch
 from pvsae.errors import UserError
 from pvsae.models import Rendered, Residual
 from pvsae.models.fingerprint import fingerprint
-from pvsae.saes.sources import Source
 from pvsae.saes.stream import ActivationStream, StreamConfig
+from pvsae.sources import Source
 from tests.conftest import save_tiny
 from tests.saes.corpora import open_corpus, text, write_chats, write_jsonl, write_texts
 

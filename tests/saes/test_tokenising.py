@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pvsae.models.chat import ChatTemplate
-from pvsae.saes.sources import Bad
 from pvsae.saes.tokenising import ASSISTANT, ROLE_BITS, SPECIAL, SYSTEM, TEMPLATE, TEXT, USER, Tokeniser
+from pvsae.sources import Bad
 from tests.conftest import make_tokenizer
 from tests.models.test_chat import tokenizer_of
 from tests.saes.corpora import chat, text

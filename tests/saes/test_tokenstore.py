@@ -14,9 +14,9 @@ import pytest
 
 from pvsae.models.chat import ChatTemplate
 from pvsae.saes import sources, tokenstore
-from pvsae.saes.sources import Reader, Source
 from pvsae.saes.tokenising import Tokeniser
 from pvsae.saes.tokenstore import MOST_OPEN, TokenStore
+from pvsae.sources import Reader, Source
 from tests.conftest import make_tokenizer
 from tests.saes.corpora import text, write_jsonl, write_texts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pvsae.errors import UserError
-from pvsae.saes.sources import Source
+from pvsae.sources import Source
 from pvsae.stages import SaeEvalConfig, SaeFeaturesConfig
 from pvsae.stages.on_text import OnText, masks_of, source_of
 from tests.saes.small import make_sae

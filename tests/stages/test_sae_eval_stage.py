@@ -159,7 +159,7 @@ def test_options_that_were_wrong_are_put_right_in_the_same_folder(made, tmp_path
 
 def test_held_out_text_alone(made, tmp_path):
     from pvsae.saes.corpus import Corpus, CorpusConfig
-    from pvsae.saes.sources import Source
+    from pvsae.sources import Source
 
     model, config = made
     result = run(replace(config, held_out=0.3, tokens=10**6), tmp_path / "run", model=model)

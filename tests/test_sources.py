@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 
 from pvsae.errors import UserError
-from pvsae.saes.sources import Bad, Reader, Source
+from pvsae.sources import Bad, Reader, Source
 from tests.saes.corpora import chat, open_corpus, text, write_jsonl, write_texts
 
 
