@@ -406,6 +406,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_sae(commands, add)
 
+    from pvsae.commands import data
+
+    data.add_parser(commands, add)
+
     report = add(
         commands,
         "report",
