@@ -152,7 +152,9 @@ class _Job:
         return self.config.activations and any(answers_of(self.source.rollouts, trait) for trait in self.source.vectors)
 
     def vector(self, trait: str) -> Float[Tensor, " d_model"]:
-        return self.source.known[trait].of(self.config.statistic)[self.block]
+        """Of a trait that is decomposed, or of what is known beside."""
+        found = self.source.vectors.get(trait) or self.source.known[trait]
+        return found.of(self.config.statistic)[self.block]
 
 
 def prepare(config: DecomposeConfig) -> _Job:
@@ -164,7 +166,7 @@ def prepare(config: DecomposeConfig) -> _Job:
     if not config.model and made:
         same = {name: made[name] for name in ("model", "adapter", "chat") if made.get(name) is not None}
         config = replace(config, **{name: value for name, value in same.items() if name == "model" or not getattr(config, name)})
-    notes: list[str] = []
+    notes = list(source.notes)
     for vectors in source.vectors.values():
         found = check_pair(vectors, sae, block, model=config.model or None, other_model=config.other_model)
         notes += [note for note in found if note not in notes]

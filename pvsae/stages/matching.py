@@ -150,13 +150,16 @@ class Source:
 
     Attributes:
         vectors: of the traits to decompose.
-        known: of every trait that there is beside them, those included.
+        known: what there is to compare with, those included. A file whose trait has a name that is taken goes by "TRAIT (FILE)":
+            it may be another extraction of the same trait.
         rollouts: the run folder of `pvsae extract` with the judged answers, or None.
+        notes: files beside an official one that could not be taken, in words.
     """
 
     vectors: dict[str, PersonaVectors]
     known: dict[str, PersonaVectors]
     rollouts: Path | None
+    notes: tuple[str, ...] = ()
 
 
 def find_source(
@@ -170,12 +173,12 @@ def find_source(
         others: further files of known traits.
         rollouts: run folder with the answers, where it is not `path`.
 
-    Raises: UserError for nothing there, a trait that is not there, no such statistic, relatives of another shape.
+    Raises: UserError for nothing there, a trait that is not there, no such statistic, others of another shape or given twice.
     """
     from pvsae.stages.inputs import read_vectors
     from pvsae.vectors import PersonaVectors, read_official
 
-    path = Path(path)
+    path, notes = Path(path), list[str]()
     if path.is_dir():
         names = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
         wanted = [Path(t).stem if t.endswith(".json") else t.rpartition("/")[2] for t in traits] or names
@@ -195,18 +198,19 @@ def find_source(
             one = read_vectors(path, traits[0] if traits else stored.trait, statistic)
         else:
             one = read_vectors(path, traits[0] if traits else "", statistic)  # says what is wrong with the path
-        vectors = known = {one.trait: one}
-        for relative in sorted(path.parent.glob(f"*_{statistic}.pt")) if path.suffix == ".pt" else ():
-            if relative != path:
-                other = read_official(relative)
-                if (other.n_blocks, other.d_model) == (one.n_blocks, one.d_model):
-                    known = {**known, other.trait: other}
+        vectors = {one.trait: one}
+        known = dict(vectors)
+        if path.suffix == ".pt":
+            notes = _add_relatives(known, path, statistic)
         answers = None
     for name in others:
         file = Path(name)
         other = read_official(file) if file.suffix == ".pt" else PersonaVectors.load(file)
         other.of(statistic)
-        known = {**known, other.trait: other}
+        label = other.trait if other.trait not in known else f"{other.trait} ({name})"
+        if label in known:
+            raise UserError(f"{name} is given twice", "each file once", "--others without it")
+        known[label] = other
     first = next(iter(vectors.values()))
     for trait, other in known.items():
         if (other.n_blocks, other.d_model) != (first.n_blocks, first.d_model):
@@ -215,7 +219,28 @@ def find_source(
                 f"[{first.n_blocks}, {first.d_model}]",
                 "vectors of one model",
             )
-    return Source(vectors, known, Path(rollouts) if rollouts else answers)
+    return Source(vectors, known, Path(rollouts) if rollouts else answers, tuple(notes))
+
+
+def _add_relatives(known: dict[str, PersonaVectors], path: Path, statistic: str) -> list[str]:
+    """Adds the official files of a statistic that lie beside one of them; gives a note for each that cannot be taken."""
+    from pvsae.vectors import read_official
+
+    (one,) = known.values()
+    notes = []
+    for relative in sorted(path.parent.glob(f"*_{statistic}.pt")):
+        if relative.resolve() == path.resolve():
+            continue
+        try:
+            other = read_official(relative)
+        except UserError as error:  # nobody asked for it, so it ends nothing
+            notes.append(f"{relative.name} lies beside the vectors and is left out of the comparison: {error.what}.")
+            continue
+        if (other.n_blocks, other.d_model) != (one.n_blocks, one.d_model):
+            notes.append(f"{relative.name} lies beside the vectors and is left out of the comparison: it is of another shape.")
+            continue
+        known[other.trait if other.trait not in known else f"{other.trait} ({relative.name})"] = other
+    return notes
 
 
 def extraction_config(folder: Path | None) -> dict[str, Any]:

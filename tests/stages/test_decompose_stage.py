@@ -277,6 +277,43 @@ def test_official_files_beside_each_other_are_known_traits(made, tmp_path, extra
     assert any("does not say which model" in note for note in result.notes)
 
 
+def test_another_file_of_the_same_trait_is_compared_and_does_not_take_its_place(made, tmp_path, extracted):
+    """Two extractions of one trait: the one that was given is decomposed, the other stands beside it under its file's name."""
+    _, config = made
+    chatty = PersonaVectors.load(extracted / "chatty" / "vectors" / "vectors.safetensors")
+    other = tmp_path / "again.safetensors"
+    PersonaVectors("gloomy", chatty.vectors, chatty.meta).save(other)
+    setup = replace(config, others=(str(other),), activations=False)
+    result = decompose.run(setup, tmp_path / "run")
+    table = result.table.set_index("latent")
+    assert table.loc[0, "rank"] == 1, "row 0 is the given gloomy, row 1 what the other file calls gloomy"
+    assert table.loc[0, "cosine"] == pytest.approx(1, abs=1e-4)
+    assert set(result.tables["specificity"]["for"]) == {"gloomy", "chatty", f"gloomy ({other})"}
+    with pytest.raises(UserError, match="given twice"):
+        decompose.run(replace(setup, others=(str(other), str(other))), tmp_path / "twice")
+    shutil.copy(other, tmp_path / "third.safetensors")
+    three = replace(setup, others=(str(other), str(tmp_path / "third.safetensors")))
+    assert len(set(decompose.run(three, tmp_path / "three").tables["specificity"]["for"])) == 4
+
+
+def test_an_official_file_under_another_name_and_damaged_neighbours(made, tmp_path, extracted):
+    from pvsae.vectors import write_official
+
+    _, config = made
+    folder = tmp_path / "official"
+    for name in ("gloomy", "chatty"):
+        write_official(PersonaVectors.load(extracted / name / "vectors" / "vectors.safetensors"), folder)
+    (folder / "torn_response_avg_diff.pt").write_bytes(b"no tensor")
+    torch.save(torch.ones(3, 5), folder / "small_response_avg_diff.pt")
+    setup = replace(config, vectors=str(folder / "gloomy_response_avg_diff.pt"), traits=("chatty",))
+    result = decompose.run(setup, tmp_path / "run")
+    best = result.table.sort_values("rank").iloc[0]
+    assert best["latent"] == 0, "the file that was given, whatever it is called"
+    assert set(result.tables["specificity"]["for"]) == {"chatty", "chatty (chatty_response_avg_diff.pt)"}
+    for name in ("torn", "small"):
+        assert any(name in note and "left out" in note for note in result.notes), name
+
+
 @pytest.mark.slow
 def test_the_page_in_a_browser(made, tmp_path):
     model, config = made
