@@ -308,7 +308,7 @@ def _encodings(
     found = encode_pairs(
         model, sae, job.block, (pos, neg), units, batch_tokens=config.batch_tokens, progress=f"{trait} encodings"
     )
-    notes = check_scale(found, sae)
+    notes = check_scale(found, sae, config.scale)
     means = found.row_means
     if config.statistic != DEFAULT_STATISTIC:
         kind = SpanMean((job.block,), "prompt") if config.statistic == "prompt_avg_diff" else LastPrompt((job.block,))

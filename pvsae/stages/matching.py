@@ -9,6 +9,7 @@ nobody can know is said in `notes`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from pvsae.saes.encodings import Encodings
     from pvsae.vectors import PersonaVectors, Rollouts
 
-WORSE_THAN_MEAN, MUCH_BETTER = (
-    1.0,
-    0.9,
-)  # unexplained variance that no dictionary of the place has, and what a factor has to reach
+WORSE_THAN_MEAN = 1.0  # unexplained variance that no dictionary of the place has
+BETTER, EXPLAINS = 0.5, 0.9  # what another scale has to leave of it to be the right one: this share, and less than this in all
 
 
 def open_dictionary(name: str, scale: float | None) -> SAE:
@@ -122,21 +121,33 @@ def same_model(first: str, second: str) -> bool:
     return one == two
 
 
-def check_scale(found: Encodings, sae: SAE) -> list[str]:
-    """A note where the dictionary explains little of the residuals that it was shown.
+def check_scale(found: Encodings, sae: SAE, given: float | None = None) -> list[str]:
+    """A note where the dictionary explains less of the residuals than their mean does, or (with a scale that the user gave) where
+    another scale would explain far more.
 
-    Raises: UserError where it explains less than their mean does, and much once they are scaled: it was trained on scaled
-        activations, and its file does not say so.
+    Args:
+        given: the scale under which the dictionary was opened, where the user gave one.
+
+    Raises: UserError where nobody gave a scale and another one leaves less than half unexplained of what the dictionary leaves: it
+        was trained on scaled activations, and its file does not say so.
     """
+    known = {factor: fvu for factor, fvu in found.scaled.items() if math.isfinite(fvu)}
+    if 1.0 in known:
+        factor = min(known, key=known.__getitem__)
+        if known[factor] < min(BETTER * known[1.0], EXPLAINS):
+            said = (
+                f"{sae.ref} leaves {known[1.0]:.3g} of the variance of this block's residuals unexplained, and "
+                f"{known[factor]:.3g} once they are multiplied by {factor:.3g}"
+            )
+            if given is None:
+                raise UserError(
+                    f"{said}: it was trained on scaled activations",
+                    "weights into which the factor was folded, or the factor",
+                    f"--scale {factor:.3g}, or better the factor that its training used (--scale 1 if it used none)",
+                )
+            return [f"The scale {given:g} was given, but {said}: nothing below that reads activations can be trusted."]
     if found.fvu <= WORSE_THAN_MEAN:
         return []
-    if found.fvu_scaled < MUCH_BETTER:
-        raise UserError(
-            f"{sae.ref} leaves {found.fvu:.3g} of the variance of this block's residuals unexplained, and {found.fvu_scaled:.3g} "
-            f"once they are multiplied by {found.scale:.4g}: it was trained on scaled activations",
-            "weights into which the factor was folded, or the factor",
-            f"--scale {found.scale:.4g}, or better the factor that its training used",
-        )
     return [
         f"The dictionary explains these residuals worse than their mean does (unexplained: {found.fvu:.3g}). It is not "
         "trained, or of another model, block or scale than it says: nothing below that reads activations can be trusted."

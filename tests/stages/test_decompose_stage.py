@@ -156,17 +156,20 @@ def test_a_dictionary_of_scaled_activations_is_recognised(tmp_path):
     from pvsae.saes.encodings import Encodings
     from pvsae.stages.matching import check_scale, open_dictionary
 
-    def measured(fvu: float, scaled: float) -> Encodings:
+    def measured(fvu: float, scaled: dict[float, float]) -> Encodings:
         nothing = torch.zeros(2, 1, 40)
-        return Encodings(nothing, nothing[:, 0], nothing[0, 0], torch.zeros(2, 1, 12), (1, 1), 0, 30.0, fvu, scaled, 0.115)
+        return Encodings(nothing, nothing[:, 0], nothing[0, 0], torch.zeros(2, 1, 12), (1, 1), 0, 30.0, fvu, {1.0: fvu, **scaled})
 
     sae = make_sae()
-    assert check_scale(measured(0.3, 5.0), sae) == []
-    assert check_scale(measured(0.95, 0.2), sae) == [], "a poor dictionary is no proof"
-    with pytest.raises(UserError, match=r"(?s)3.*unexplained, and 0.2.*multiplied by 0.115.*--scale 0.115"):
-        check_scale(measured(3.0, 0.2), sae)
-    assert "cannot be trusted" not in "".join(check_scale(measured(1.0, 2.0), sae))
-    assert "can be trusted" in "".join(check_scale(measured(3.0, 2.5), sae))
+    assert check_scale(measured(0.3, {0.115: 5.0, 1.4: 0.2}), sae) == [], "a little better at another scale is no proof"
+    with pytest.raises(UserError, match=r"(?s)3 of the variance.*unexplained, and 0.2.*multiplied by 0.115.*--scale 0.115"):
+        check_scale(measured(3.0, {0.115: 0.2, 0.7: 1.1}), sae)
+    with pytest.raises(UserError, match=r"0.12 of .* and 0.04 once they are multiplied by 1.4"):
+        check_scale(measured(0.12, {1.4: 0.04}), sae)
+    (note,) = check_scale(measured(0.12, {1.4: 0.04}), sae, given=1.0)
+    assert "scale 1 was given" in note, "the user's word counts, with a note"
+    assert check_scale(measured(1.0, {1.4: 2.0}), sae) == []
+    assert "can be trusted" in "".join(check_scale(measured(3.0, {0.125: 0.99}), sae)), "silence is no explanation"
     save(sae, tmp_path / "sae")
     x = torch.randn(5, 12)
     given = open_dictionary(str(tmp_path / "sae"), 0.5)
