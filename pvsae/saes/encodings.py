@@ -188,8 +188,10 @@ class _Sums:
 
 
 def _measured(lengths: Sequence[int]) -> dict[int, int]:
-    """Rows, and how many of their first tokens are measured: whole rows in an order that jumps about, up to MEASURED tokens. It is
-    a choice by row, so that batches of any size give the same number."""
+    """Rows, and how many of their first tokens are measured: whole rows in an order that jumps about, up to MEASURED tokens.
+
+    Rows are chosen, and not whatever comes first, so that batches of any size give the same number.
+    """
     found, left = {}, MEASURED
     for row in np.random.default_rng(0).permutation(len(lengths)).tolist():
         if left <= 0:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvsae.errors import UserError
 from pvsae.runs import read_json
+from pvsae.saes.info import same_model
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -115,12 +116,6 @@ def check_pair(vectors: PersonaVectors, sae: SAE, block: int, *, model: str | No
     return notes
 
 
-def same_model(first: str, second: str) -> bool:
-    """Whether two names mean one model: the last part counts, since a folder and a hub id may hold the same; adapters do not."""
-    one, two = (name.partition("+")[0].rstrip("/").rpartition("/")[2].lower() for name in (first, second))
-    return one == two
-
-
 def check_scale(found: Encodings, sae: SAE, given: float | None = None) -> list[str]:
     """A note where the dictionary explains less of the residuals than their mean does, or (with a scale that the user gave) where
     another scale would explain far more.
@@ -128,8 +123,8 @@ def check_scale(found: Encodings, sae: SAE, given: float | None = None) -> list[
     Args:
         given: the scale under which the dictionary was opened, where the user gave one.
 
-    Raises: UserError where nobody gave a scale and another one leaves less than half unexplained of what the dictionary leaves: it
-        was trained on scaled activations, and its file does not say so.
+    Raises: UserError where nobody gave a scale, and another one leaves less than half unexplained of what the dictionary leaves:
+        it was trained on scaled activations, and its file does not say so.
     """
     known = {factor: fvu for factor, fvu in found.scaled.items() if math.isfinite(fvu)}
     if 1.0 in known:

@@ -147,8 +147,11 @@ def test_what_does_not_fit_is_refused_with_the_reason(made, tmp_path):
 
 def test_answers_of_another_model_do_not_give_the_vector(made, tmp_path, tiny_models):
     _, config = made
-    with pytest.raises(UserError, match="give a vector of cosine"):
+    with pytest.raises(UserError, match=r"is of qwen2, the model is .*llama"):
         decompose.run(config, tmp_path / "run", model=tiny_models("llama"))
+    silent = replace(config, dictionary=dictionary(tmp_path / "silent", tiny_models("llama"), model=None))
+    with pytest.raises(UserError, match="give a vector of cosine"):
+        decompose.run(silent, tmp_path / "run", model=tiny_models("llama"))
 
 
 def test_a_dictionary_of_scaled_activations_is_recognised(tmp_path):
@@ -208,6 +211,22 @@ def test_effects_are_shares_of_what_the_vector_does():
     assert table["effect"].tolist()[1:] == [1.0, 1.0, 0.25, 0.0]
     flat = with_effects(pd.DataFrame([("unsteered", 0.0, 10.0), ("vector", 1.0, 10.2)], columns=list(table)[:3]))
     assert flat["effect"].isna().all(), "a vector without effect has no share"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coefs": (1.0, 1.0)}, "each strength once"),
+        ({"coefs": (1.0, float("nan"))}, "finite strengths"),
+        ({"coefs": (float("inf"),)}, "finite strengths"),
+        ({"n_features": -1}, "n_features is -1"),
+        ({"n_random": -1}, "n_random is -1"),
+        ({"scale": 0.0}, "scale is 0.0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_read(change, message) -> None:
+    with pytest.raises(UserError, match=message):
+        DecomposeConfig(vectors="v", dictionary="d", causal=True, **change)
 
 
 def test_the_causal_test_steers_with_every_part_and_goes_on(made, tmp_path, stage_library):
