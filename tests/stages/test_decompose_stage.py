@@ -14,9 +14,11 @@ from byte_judge import ByteJudge
 from pvsae.errors import UserError
 from pvsae.reports import draw, write_report
 from pvsae.saes.dictionary import SAE, SAEInfo
-from pvsae.saes.folders import save
+from pvsae.saes.folders import load, save
+from pvsae.saes.pursuit import Atoms, pursue
 from pvsae.stages import DecomposeConfig, ExtractConfig, decompose, extract
 from pvsae.stages.causal import parts_of, with_effects
+from pvsae.stages.readings import Inputs
 from pvsae.vectors import PersonaVectors
 from tests.browser import assert_fine
 from tests.saes.small import make_sae
@@ -55,6 +57,10 @@ def made(tmp_path, extracted, tiny_models):
     return model, DecomposeConfig(vectors=str(extracted), dictionary=folder, traits=("gloomy",), top=10, k=12, n_shuffles=30)
 
 
+def vector_of(config) -> torch.Tensor:
+    return PersonaVectors.load(f"{config.vectors}/gloomy/vectors/vectors.safetensors").of()[BLOCK]
+
+
 def test_every_part_stands_in_the_tables_and_on_the_page(made, tmp_path):
     model, config = made
     result = decompose.run(config, tmp_path / "run", model=model)
@@ -71,7 +77,14 @@ def test_every_part_stands_in_the_tables_and_on_the_page(made, tmp_path):
     assert set(curve["vector"]) == {"vector", "random direction", "shuffled pairs"}
     assert set(curve["k"]) == {1, 2, 5, 10, 12}
     assert curve[(curve["vector"] == "vector") & (curve["k"] == 1)]["explained"].min() == pytest.approx(1, abs=1e-4)
-    assert curve[(curve["vector"] == "random direction") & (curve["k"] == 12)]["explained"].max() < 1
+    null = curve[(curve["vector"] == "random direction") & (curve["k"] == 12)]
+    assert null["explained"].max() < 1
+    assert set(null["draws"]) == {10}, "one direction alone is no null"
+    assert (null["explained_95"] > null["explained"]).all()
+    atoms = Atoms(load(config.dictionary).W_dec)
+    drawn = Inputs("gloomy", vector_of(config), {}, None, None, 10, 12, config.seed).random(10)
+    shares = [pursue(atoms, v, 12, nonnegative=False).at_most(12).explained for v in drawn]
+    assert null[null["mode"] == "signed"]["explained"].iloc[0] == pytest.approx(sum(shares) / 10, rel=1e-4)
     specificity = result.tables["specificity"].set_index(["latent", "for"])
     assert specificity.loc[(0, "gloomy"), "rank"] == 1
     assert set(result.tables["nulls"]["null"]) == {"analytic", "random directions", "shuffled pairs"}
@@ -181,8 +194,6 @@ def test_a_dictionary_of_scaled_activations_is_recognised(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- causal test
 def test_parts_are_what_they_are_called():
-    from pvsae.saes.pursuit import Atoms, pursue
-
     sae = make_sae(d_model=32, d_sae=200)
     atoms, v = Atoms(sae.W_dec), 5 * torch.randn(32, generator=torch.Generator().manual_seed(8))
     solution = pursue(atoms, v, 6, nonnegative=False).at_most(6)
@@ -316,6 +327,19 @@ def test_another_file_of_the_same_trait_is_compared_and_does_not_take_its_place(
     shutil.copy(other, tmp_path / "third.safetensors")
     three = replace(setup, others=(str(other), str(tmp_path / "third.safetensors")))
     assert len(set(decompose.run(three, tmp_path / "three").tables["specificity"]["for"])) == 4
+
+
+def test_notes_reach_the_terminal_and_a_folder_without_answers_is_refused(made, tmp_path, capsys):
+    from pvsae.cli import main
+
+    _, config = made
+    foreign = dictionary(tmp_path / "foreign", made[0], model="other/model")
+    line = ["decompose", config.vectors, foreign, "--traits", "gloomy", "--out", str(tmp_path / "run"), "--no-activations"]
+    assert main([*line, "--other-model"]) == 0
+    assert "note: Two models, by --other-model" in capsys.readouterr().out
+    for nowhere in (tmp_path / "nowhere", tmp_path):
+        assert main([*line, "--other-model", "--rollouts", str(nowhere)]) == 2
+        assert f"no answers of gloomy in {nowhere}" in capsys.readouterr().err
 
 
 def test_an_official_file_under_another_name_and_damaged_neighbours(made, tmp_path, extracted):
