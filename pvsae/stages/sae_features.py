@@ -303,8 +303,9 @@ def _labels(
             for slot in slots
         ]  # fmt: skip
 
-    n, made = len(evidence.latents), list[Label]()
+    n = len(evidence.latents)
     several = n > LABELLED_AT_ONCE
+    made: list[Label] = []
     with ChatClient(
         config.label_url, config.label_model, cache=folder.path / "label_cache.sqlite",
         ledger=folder.path / "label_ledger.sqlite", price=config.label_price, max_cost=config.max_cost,

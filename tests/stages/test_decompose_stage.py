@@ -12,6 +12,7 @@ import torch
 from byte_judge import ByteJudge
 
 from pvsae.errors import UserError
+from pvsae.models import ChatModel
 from pvsae.reports import draw, write_report
 from pvsae.saes.dictionary import SAE, SAEInfo
 from pvsae.saes.folders import load, save
@@ -262,6 +263,31 @@ def test_the_causal_test_steers_with_every_part_and_goes_on(made, tmp_path, stag
     assert planned.answers == {"gloomy": 2 * (1 + 3 + 2 + 2)}, "the residual too, which a planted vector does not have"
 
 
+def test_what_a_reconstruction_leaves_steers_at_the_vectors_length(made, tmp_path, stage_library, monkeypatch):
+    """A vector that no latent is: two atoms leave a part of it, which is added like any other."""
+    model, config = made
+    setup = replace(
+        config, dictionary=dictionary(tmp_path / "plain", model), causal=True, coefs=(1.0,), atoms=2, n_features=0, n_random=0,
+        max_questions=2, max_new_tokens=6, library=str(stage_library),
+    )  # fmt: skip
+    edits, generate = [], ChatModel.generate
+
+    def watched(*args, **options):
+        edits.append(options.get("interventions", ()))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(ChatModel, "generate", watched)
+    causal = decompose.run(setup, tmp_path / "run", model=model, judge=ByteJudge()).tables["causal"].set_index("condition")
+    assert list(causal.index) == ["unsteered", "vector", "reconstruction 2", "residual"]
+    assert causal.loc["residual", "length"] == pytest.approx(causal.loc["vector", "length"], rel=1e-4)
+    v, atoms = vector_of(config), Atoms(load(setup.dictionary).W_dec)
+    solution = pursue(atoms, v, 2, nonnegative=False).at_most(2)
+    rest = v.double() - torch.tensor(solution.weights, dtype=torch.float64) @ atoms.unit(solution.latents)
+    (edit,) = edits[-1]
+    added = edit.direction.values.double() * edit.coef
+    torch.testing.assert_close(added, rest * (v.norm() / rest.norm()), atol=1e-4, rtol=1e-3)
+
+
 # -------------------------------------------------------------------------------------------------------------- official files
 def test_an_official_file_of_qwen3_runs_at_the_block_that_its_row_names(shared, tmp_path):
     """Row 20 of the file, hidden_states[20], is the output of block 19: planted as row 5 of a random dictionary, it is found."""
@@ -334,11 +360,11 @@ def test_notes_reach_the_terminal_and_a_folder_without_answers_is_refused(made, 
 
     _, config = made
     foreign = dictionary(tmp_path / "foreign", made[0], model="other/model")
-    line = ["decompose", config.vectors, foreign, "--traits", "gloomy", "--out", str(tmp_path / "run"), "--no-activations"]
-    assert main([*line, "--other-model"]) == 0
+    line = ["decompose", config.vectors, foreign, "--traits", "gloomy", "--no-activations", "--other-model"]
+    assert main([*line, "--out", str(tmp_path / "run")]) == 0
     assert "note: Two models, by --other-model" in capsys.readouterr().out
     for nowhere in (tmp_path / "nowhere", tmp_path):
-        assert main([*line, "--other-model", "--rollouts", str(nowhere)]) == 2
+        assert main([*line, "--out", str(tmp_path / "none"), "--rollouts", str(nowhere)]) == 2
         assert f"no answers of gloomy in {nowhere}" in capsys.readouterr().err
 
 
@@ -361,7 +387,11 @@ def test_an_official_file_under_another_name_and_damaged_neighbours(made, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(made, tmp_path):
+def test_the_page_in_a_browser(made, tmp_path, stage_library):
+    """With both figures: the decomposition, and the causal test."""
     model, config = made
-    decompose.run(config, tmp_path / "run", model=model)
-    assert_fine(write_report(tmp_path / "run"), tmp_path / "browser", images=1)
+    answers = {"max_questions": 2, "max_new_tokens": 4, "library": str(stage_library)}
+    setup = replace(config, causal=True, coefs=(1.0, 2.0), n_features=1, n_random=1, **answers)
+    decompose.run(setup, tmp_path / "run", model=model, judge=ByteJudge())
+    draw(tmp_path / "run")
+    assert_fine(write_report(tmp_path / "run"), tmp_path / "browser", images=2)
