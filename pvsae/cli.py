@@ -404,6 +404,10 @@ def build_parser() -> argparse.ArgumentParser:
     run = _stage("decompose", "DecomposeConfig", decompose.shown)
     decompose.add_parser(commands, add, run, _add_setup)
 
+    from pvsae.commands import capability
+
+    capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
+
     _add_sae(commands, add)
 
     report = add(

@@ -36,7 +36,8 @@ class Output:
     """What a forward pass gives.
 
     Attributes:
-        logits: [batch pos vocab] for "all", [batch vocab] (after each row's last real token) for "last", None for None.
+        logits: [batch pos vocab] for "all", [batch vocab] (after each row's last real token) for "last", [batch n vocab] for n
+            positions, None for None.
         past: the cache, if it was asked for.
     """
 
@@ -142,18 +143,21 @@ class ChatModel:
         """
         return self.stack.session(interventions, captures)
 
-    def forward(self, batch: TokenBatch, *, logits: str | None = "all", past: Any = None, use_cache: bool = False) -> Output:
+    def forward(
+        self, batch: TokenBatch, *, logits: str | Tensor | None = "all", past: Any = None, use_cache: bool = False
+    ) -> Output:
         """Runs a batch, telling open hook contexts what its positions are. Gradients are the caller's choice.
 
         Args:
             batch: new tokens, with the attention mask over cached and new ones.
-            logits: "all" [batch pos vocab], "last" [batch vocab], or None: without a cache, only the blocks up to the highest
-                one that an open context captures are run (none, if there is no capture).
+            logits: "all" [batch pos vocab], "last" [batch vocab], a tensor of n positions of the padded batch [batch n vocab], or
+                None: without a cache, only the blocks up to the highest one that an open context captures are run (none, if there
+                is no capture).
             past: a cache of earlier tokens of the same rows, which is extended in place.
             use_cache: whether to make and return a cache.
         """
-        if logits not in ("all", "last", None):
-            raise ValueError(f"logits is {logits!r}, not 'all', 'last' or None")
+        if not isinstance(logits, Tensor) and logits not in ("all", "last", None):
+            raise ValueError(f"logits is {logits!r}, not 'all', 'last', positions or None")
         batch = batch.to(self.device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "past_key_values": past, "use_cache": use_cache}
         if batch.left_padded:
@@ -169,6 +173,9 @@ class ChatModel:
                     with self.stack.stopping_after(top):
                         self.decoder(**inputs)
                 return Output(None, None)
+            if isinstance(logits, Tensor):
+                out = self.hf(**inputs, logits_to_keep=logits.to(self.device))
+                return Output(out.logits, out.past_key_values)
             if logits == "all":
                 out = self.hf(**inputs)
                 return Output(out.logits, out.past_key_values)

@@ -349,6 +349,12 @@ def _causal(*tables: pd.DataFrame) -> Figure:
     return causal_figure(*tables)
 
 
+def _capability(table: pd.DataFrame) -> Figure:
+    from pvsae.reports.capability import capability_figure
+
+    return capability_figure(table)
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -370,6 +376,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("decomposition", _decomposition, ("decomposition", "curve", "nulls")),
         ("causal", _causal, ("causal",)),
     ],
+    "capability": [("capability", _capability, ("capability",))],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import decompose, extract, feature_steer, layers, monitor, sae_eval, sae_features, sae_train, steer
+    from pvsae.stages import (
+        capability,
+        decompose,
+        extract,
+        feature_steer,
+        layers,
+        monitor,
+        sae_eval,
+        sae_features,
+        sae_train,
+        steer,
+    )
+    from pvsae.stages.capability import CapabilityConfig, CapabilityResult
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
@@ -24,11 +36,24 @@ if TYPE_CHECKING:
     from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
+STAGES = (
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "capability",
+)
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
     "STAGES",
+    "CapabilityConfig",
+    "CapabilityResult",
     "DecomposeConfig",
     "DecomposeResult",
     "ExtractConfig",
@@ -47,6 +72,7 @@ __all__ = [
     "SaeTrainResult",
     "SteerConfig",
     "SteerResult",
+    "capability",
     "decompose",
     "extract",
     "feature_steer",
