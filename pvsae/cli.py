@@ -408,6 +408,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
 
+    from pvsae.commands import capability
+
+    capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
+
     _add_sae(commands, add)
 
     from pvsae.commands import data

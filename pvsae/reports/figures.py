@@ -378,6 +378,12 @@ def _causal(*tables: pd.DataFrame) -> Figure:
     return causal_figure(*tables)
 
 
+def _capability(table: pd.DataFrame) -> Figure:
+    from pvsae.reports.capability import capability_figure
+
+    return capability_figure(table)
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -400,6 +406,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("causal", _causal, ("causal",)),
     ],
     "finetune": [("finetuning", finetuning_figure, ("metrics",))],
+    "capability": [("capability", _capability, ("capability",))],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

@@ -34,6 +34,7 @@ FIRST = (
     "finetune",
     "rows",
     "decomposition",
+    "capability",
     "quality",
     "loss",
     "agreement",
@@ -41,8 +42,18 @@ FIRST = (
 )  # tables to open on; the others follow by name
 HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
 ORDER = (
-    "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
-)  # fmt: skip
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "finetune",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "capability",
+)
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -70,6 +81,10 @@ CAPTIONS = {
         "Left: latents of the highest cosines with the vector, from both ends; between the dashed lines lie 95% of the nulls. "
         "Middle: how much of the vector the first atoms of a pursuit explain, beside a random direction (grey). Right: cosine "
         "against the difference of encodings, of the latents that any method lists."
+    ),
+    "capability": (
+        "Value of each task against strength. Grey: random directions of the vector's length. Band: 95% interval of the change "
+        "on the same questions. Dashed: the direction taken out. Strength 0 is the untouched model."
     ),
     "causal": "Trait score (bars, 95% interval) and coherence (dots) when the model is steered with each part by itself.",
     "finetuning": "Loss on the tokens that are learnt; beside it the penalty and the treatment's strength, where they change.",

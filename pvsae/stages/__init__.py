@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
     from pvsae.stages import (
+        capability,
         decompose,
         extract,
         feature_steer,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         sae_train,
         steer,
     )
+    from pvsae.stages.capability import CapabilityConfig, CapabilityResult
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
@@ -37,12 +39,24 @@ if TYPE_CHECKING:
     from pvsae.stages.steer import SteerConfig, SteerResult
 
 STAGES = (
-    "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
-)  # fmt: skip
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "finetune",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "capability",
+)
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
     "STAGES",
+    "CapabilityConfig",
+    "CapabilityResult",
     "DecomposeConfig",
     "DecomposeResult",
     "ExtractConfig",
@@ -63,6 +77,7 @@ __all__ = [
     "SaeTrainResult",
     "SteerConfig",
     "SteerResult",
+    "capability",
     "decompose",
     "extract",
     "feature_steer",
