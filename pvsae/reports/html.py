@@ -32,13 +32,14 @@ FIRST = (
     "feature_steering",
     "correlations",
     "decomposition",
+    "data_sets",
     "quality",
     "loss",
     "agreement",
     "dictionaries",
 )  # tables to open on; the others follow by name
-HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
+HIDDEN = ("trace", "points", "l0", "density", "metrics", "histogram")  # shown as coloured text and as figures
+ORDER = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose", "screen")
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -68,6 +69,10 @@ CAPTIONS = {
         "against the difference of encodings, of the latents that any method lists."
     ),
     "causal": "Trait score (bars, 95% interval) and coherence (dots) when the model is steered with each part by itself.",
+    "screening": (
+        "How many rows have which projection difference, a line a data set; dots: the means with their 95% intervals. "
+        "0 is where the base model's own answers lie."
+    ),
     "training": "Unexplained variance, active latents a token and dead latents at each logged step of training.",
     "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
     "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",

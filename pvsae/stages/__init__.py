@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import decompose, extract, feature_steer, layers, monitor, sae_eval, sae_features, sae_train, steer
+    from pvsae.stages import decompose, extract, feature_steer, layers, monitor, sae_eval, sae_features, sae_train, screen, steer
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
@@ -22,9 +22,21 @@ if TYPE_CHECKING:
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
     from pvsae.stages.sae_features import SaeFeaturesConfig, SaeFeaturesResult
     from pvsae.stages.sae_train import SaeTrainResult
+    from pvsae.stages.screen import ScreenConfig, ScreenResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
+STAGES = (
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "screen",
+)
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -45,6 +57,8 @@ __all__ = [
     "SaeFeaturesResult",
     "SaeTrainConfig",
     "SaeTrainResult",
+    "ScreenConfig",
+    "ScreenResult",
     "SteerConfig",
     "SteerResult",
     "decompose",
@@ -55,6 +69,7 @@ __all__ = [
     "sae_eval",
     "sae_features",
     "sae_train",
+    "screen",
     "steer",
 ]
 
