@@ -412,6 +412,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
 
+    from pvsae.commands import screen
+
+    screen.add_parser(commands, add, _stage("screen", "ScreenConfig", screen.shown), _add_setup)
+
     _add_sae(commands, add)
 
     from pvsae.commands import data

@@ -384,6 +384,13 @@ def _capability(table: pd.DataFrame) -> Figure:
     return capability_figure(table)
 
 
+# ------------------------------------------------------------------------------------------------------------ screening
+def _screening(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.screening import screening_figure
+
+    return screening_figure(*tables)
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -407,6 +414,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
     ],
     "finetune": [("finetuning", finetuning_figure, ("metrics",))],
     "capability": [("capability", _capability, ("capability",))],
+    "screen": [("screening", _screening, ("histogram", "data_sets"))],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

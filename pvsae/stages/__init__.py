@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         sae_eval,
         sae_features,
         sae_train,
+        screen,
         steer,
     )
     from pvsae.stages.capability import CapabilityConfig, CapabilityResult
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
     from pvsae.stages.sae_features import SaeFeaturesConfig, SaeFeaturesResult
     from pvsae.stages.sae_train import SaeTrainResult
+    from pvsae.stages.screen import ScreenConfig, ScreenResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
 STAGES = (
@@ -50,6 +52,7 @@ STAGES = (
     "sae_features",
     "decompose",
     "capability",
+    "screen",
 )
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
@@ -75,6 +78,8 @@ __all__ = [
     "SaeFeaturesResult",
     "SaeTrainConfig",
     "SaeTrainResult",
+    "ScreenConfig",
+    "ScreenResult",
     "SteerConfig",
     "SteerResult",
     "capability",
@@ -87,6 +92,7 @@ __all__ = [
     "sae_eval",
     "sae_features",
     "sae_train",
+    "screen",
     "steer",
 ]
 
