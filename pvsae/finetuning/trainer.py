@@ -44,6 +44,7 @@ from pvsae.runs import atomic_write_text
 
 METRICS = "metrics.jsonl"
 UNLEARNT = -100
+COLUMNS = ("step", "loss", "penalty", "grad_norm", "learning_rate", "strength", "rows", "tokens", "learnt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +260,9 @@ class _AdapterTrainer(Trainer):
     @property
     def lines(self) -> list[dict[str, float]]:
         """A line of metrics a step, those of earlier starts included."""
-        return list(self.state.log_history)
+        return [
+            {name: line[name] for name in COLUMNS} for line in self.state.log_history
+        ]  # a checkpoint has them in another order
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Writes the metrics of a step. UserError where its loss or gradient is not a number, as all that follows would be."""
