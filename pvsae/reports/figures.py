@@ -378,6 +378,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("causal", _causal, ("causal",)),
     ],
     "screen": [("screening", _screening, ("histogram", "data_sets"))],
+    "gate": [("screening", _screening, ("histogram", "data_sets"))],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

@@ -32,6 +32,8 @@ FIRST = (
     "feature_steering",
     "correlations",
     "decomposition",
+    "checks",
+    "offending",
     "data_sets",
     "quality",
     "loss",
@@ -39,7 +41,10 @@ FIRST = (
     "dictionaries",
 )  # tables to open on; the others follow by name
 HIDDEN = ("trace", "points", "l0", "density", "metrics", "histogram")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose", "screen")
+ORDER = (
+    "extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose", "screen",
+    "gate",
+)  # fmt: skip
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",

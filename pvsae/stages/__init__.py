@@ -13,10 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import decompose, extract, feature_steer, layers, monitor, sae_eval, sae_features, sae_train, screen, steer
+    from pvsae.stages import (
+        decompose,
+        extract,
+        feature_steer,
+        gate,
+        layers,
+        monitor,
+        sae_eval,
+        sae_features,
+        sae_train,
+        screen,
+        steer,
+    )
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
+    from pvsae.stages.gate import GateConfig, GateResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
@@ -26,17 +39,9 @@ if TYPE_CHECKING:
     from pvsae.stages.steer import SteerConfig, SteerResult
 
 STAGES = (
-    "extract",
-    "layers",
-    "steer",
-    "feature_steer",
-    "monitor",
-    "sae_train",
-    "sae_eval",
-    "sae_features",
-    "decompose",
-    "screen",
-)
+    "extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose", "screen",
+    "gate",
+)  # fmt: skip
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -47,6 +52,8 @@ __all__ = [
     "ExtractResult",
     "FeatureSteerConfig",
     "FeatureSteerResult",
+    "GateConfig",
+    "GateResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
@@ -64,6 +71,7 @@ __all__ = [
     "decompose",
     "extract",
     "feature_steer",
+    "gate",
     "layers",
     "monitor",
     "sae_eval",

@@ -105,7 +105,9 @@ class ScreenResult:
         counts: a row a data set: rows by status, rows that were cut, rows without a base answer.
         selections: a row a file of selected rows: data, vector, block, kind, filtered, n, dp (their mean), file.
         rows: data set -> Parquet file with a row of numbers a row.
+        data: the data sets by name, with where their rows stand.
         probes: the vectors at their blocks, in the order of the columns.
+        model: what stands before the names of columns, with `official_names`.
         path: the run folder.
     """
 
@@ -115,7 +117,9 @@ class ScreenResult:
     counts: pd.DataFrame
     selections: pd.DataFrame
     rows: dict[str, Path]
+    data: dict[str, DataSet]
     probes: tuple[Probe, ...]
+    model: str | None
     path: Path
 
 
@@ -375,8 +379,8 @@ def _report(
     summary = _summary(config, tables, filters)
     folder.result({**summary, "examples": examples, "costs": paid, "spent in this start": spent})
     return ScreenResult(
-        tables["data_sets"], tables["approximations"], tables["subsets"], counts, tables["selections"], files, job.probes,
-        folder.path,
+        tables["data_sets"], tables["approximations"], tables["subsets"], counts, tables["selections"], files,
+        {data.name: data for data in job.data}, job.probes, official, folder.path,
     )  # fmt: skip
 
 
