@@ -5,7 +5,8 @@ Does not know: how dP comes about (screen.py), exit codes, JUnit, annotations (r
 
 How to choose a limit: as a quantile of the rows of normal data (`calibrate`), measured with the same model, vectors and kind of
 base answer, which the file of limits pins. Of normal data a share 1 - q lies above the quantile q; how many rows that
-makes of the data at hand is said beside the rows found. One row above the limit fails, unless a share of rows is allowed or a baseline has it.
+makes of the data at hand is said beside the rows found. One row above the limit fails, unless a share of rows is allowed or a
+baseline has it.
 """
 
 from __future__ import annotations
