@@ -405,12 +405,24 @@ def build_parser() -> argparse.ArgumentParser:
     run = _stage("decompose", "DecomposeConfig", decompose.shown)
     decompose.add_parser(commands, add, run, _add_setup)
 
+    from pvsae.commands import finetune
+
+    finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
+
+    from pvsae.commands import capability
+
+    capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
+
     from pvsae.commands import gate, screen
 
     screen.add_parser(commands, add, _stage("screen", "ScreenConfig", screen.shown), _add_setup)
     gate.add_parser(commands, add, _LAST.append, _add_setup)
 
     _add_sae(commands, add)
+
+    from pvsae.commands import data
+
+    data.add_parser(commands, add)
 
     report = add(
         commands,

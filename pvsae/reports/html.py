@@ -31,9 +31,12 @@ FIRST = (
     "specificity",
     "feature_steering",
     "correlations",
+    "finetune",
+    "rows",
     "decomposition",
     "checks",
     "offending",
+    "capability",
     "data_sets",
     "quality",
     "loss",
@@ -42,9 +45,20 @@ FIRST = (
 )  # tables to open on; the others follow by name
 HIDDEN = ("trace", "points", "l0", "density", "metrics", "histogram")  # shown as coloured text and as figures
 ORDER = (
-    "extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose", "screen",
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "finetune",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "capability",
+    "screen",
     "gate",
-)  # fmt: skip
+)
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -73,7 +87,12 @@ CAPTIONS = {
         "Middle: how much of the vector the first atoms of a pursuit explain, beside a random direction (grey). Right: cosine "
         "against the difference of encodings, of the latents that any method lists."
     ),
+    "capability": (
+        "Value of each task against strength. Grey: random directions of the vector's length. Band: 95% interval of the change "
+        "on the same questions. Dashed: the direction taken out. Strength 0 is the untouched model."
+    ),
     "causal": "Trait score (bars, 95% interval) and coherence (dots) when the model is steered with each part by itself.",
+    "finetuning": "Loss on the tokens that are learnt; beside it the penalty and the treatment's strength, where they change.",
     "screening": (
         "How many rows have which projection difference, a line a data set; dots: the means with their 95% intervals. "
         "0 is where the base model's own answers lie."

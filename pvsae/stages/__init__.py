@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
     from pvsae.stages import (
+        capability,
         decompose,
         extract,
         feature_steer,
+        finetune,
         gate,
         layers,
         monitor,
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
         screen,
         steer,
     )
+    from pvsae.stages.capability import CapabilityConfig, CapabilityResult
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
+    from pvsae.stages.finetune import FinetuneConfig, FinetuneResult
     from pvsae.stages.gate import GateConfig, GateResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
@@ -39,19 +43,34 @@ if TYPE_CHECKING:
     from pvsae.stages.steer import SteerConfig, SteerResult
 
 STAGES = (
-    "extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose", "screen",
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "finetune",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "capability",
+    "screen",
     "gate",
-)  # fmt: skip
+)
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
     "STAGES",
+    "CapabilityConfig",
+    "CapabilityResult",
     "DecomposeConfig",
     "DecomposeResult",
     "ExtractConfig",
     "ExtractResult",
     "FeatureSteerConfig",
     "FeatureSteerResult",
+    "FinetuneConfig",
+    "FinetuneResult",
     "GateConfig",
     "GateResult",
     "LayersConfig",
@@ -68,9 +87,11 @@ __all__ = [
     "ScreenResult",
     "SteerConfig",
     "SteerResult",
+    "capability",
     "decompose",
     "extract",
     "feature_steer",
+    "finetune",
     "gate",
     "layers",
     "monitor",
