@@ -3,7 +3,8 @@
 Knows: the names of options, how a UserError, an interruption and success look in a terminal.
 Does not know: what a stage does. No heavy library is imported before a subcommand runs.
 
-Exit codes: 0 done, 2 wrong input (one message, no traceback), 130 interrupted (what is done is kept).
+Exit codes: 0 done, 1 a check failed (`pvsae gate`), 2 wrong input (one message, no traceback), 130 interrupted (what is done is
+kept).
 """
 
 from __future__ import annotations
@@ -412,9 +413,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
 
-    from pvsae.commands import screen
+    from pvsae.commands import gate, screen
 
     screen.add_parser(commands, add, _stage("screen", "ScreenConfig", screen.shown), _add_setup)
+    gate.add_parser(commands, add, _LAST.append, _add_setup)
 
     _add_sae(commands, add)
 
@@ -446,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         args.settings += rest  # argparse takes positional words in one piece only; these came behind an option
     try:
-        args.run(args)
+        code = args.run(args)
     except UserError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
@@ -457,4 +459,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return code or 0

@@ -15,6 +15,7 @@ EXAMPLES = (
     "  pvsae screen mine=a.jsonl theirs=b.parquet --vectors runs/vectors --blocks 2 3 --select 500\n"
     "  pvsae screen train.jsonl --vectors runs/vectors --base none      no generation: the last prompt token instead\n"
     "  pvsae screen train.jsonl --vectors runs/vectors --base subset --subset 500\n"
+    "  pvsae screen 'big/*.parquet' --vectors runs/vectors --base none --engine ray --workers 8\n"
     "  pvsae screen lmsys/lmsys-chat-1m --max-rows 20000 --model Qwen/Qwen2.5-7B-Instruct --select 500 \\\n"
     "      --vectors evil_response_avg_diff.pt --layer 20 --official-names --filter-scores judged.csv --filter-above 1"
 )
@@ -55,6 +56,12 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-rows", type=int, metavar="N", help="only the first N rows of each data set")
     group.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and answer (default: the context)")
     group.add_argument("--part-rows", type=int, metavar="N", help="rows a shard, which is what a kill may cost (default: 256)")
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--engine", choices=("here", "ray"), help="one process, or workers on a Ray cluster (default: here)")
+    group.add_argument("--workers", type=int, metavar="N", help="of --engine ray, each with a model of its own (default: 2)")
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help="a running cluster (default: RAY_ADDRESS, else one on this machine)"
+    )
     group.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass (default: by device)")
 
 

@@ -415,6 +415,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
     "finetune": [("finetuning", finetuning_figure, ("metrics",))],
     "capability": [("capability", _capability, ("capability",))],
     "screen": [("screening", _screening, ("histogram", "data_sets"))],
+    "gate": [("screening", _screening, ("histogram", "data_sets"))],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

@@ -34,6 +34,8 @@ FIRST = (
     "finetune",
     "rows",
     "decomposition",
+    "checks",
+    "offending",
     "capability",
     "data_sets",
     "quality",
@@ -55,6 +57,7 @@ ORDER = (
     "decompose",
     "capability",
     "screen",
+    "gate",
 )
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",

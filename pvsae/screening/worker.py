@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -85,8 +86,8 @@ class Job:
         rows = range(part.row, part.row + part.rows)
         chosen = None if data.with_base is None else [row for row in rows if row in data.with_base]
         probes = [[p.name, p.block, p.direction.sha256] for p in self.probes]
-        source = asdict(data.source) | {"path": None}
-        what = [self.fingerprint, probes, asdict(self.sampling), self.n_samples, self.longest, source, asdict(part), chosen]
+        source, place = asdict(data.source) | {"path": None}, asdict(part) | {"file": None}  # where the rows lie is no matter
+        what = [self.fingerprint, probes, asdict(self.sampling), self.n_samples, self.longest, source, place, chosen]
         return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
     def shard(self, data: DataSet, part: Part) -> Path:
@@ -131,6 +132,7 @@ class Worker:
             "tokens": {**spent, **tokens},
             "seconds": {"generate": generated - started, "read": time.monotonic() - generated},
             "damaged answer files": self.answers.remade,
+            "process": os.getpid(),
         }
         self.answers.remade = 0
         save_table(self.job.shard(data, part), table, note)

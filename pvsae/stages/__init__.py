@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         extract,
         feature_steer,
         finetune,
+        gate,
         layers,
         monitor,
         sae_eval,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
     from pvsae.stages.finetune import FinetuneConfig, FinetuneResult
+    from pvsae.stages.gate import GateConfig, GateResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
@@ -53,6 +55,7 @@ STAGES = (
     "decompose",
     "capability",
     "screen",
+    "gate",
 )
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
@@ -68,6 +71,8 @@ __all__ = [
     "FeatureSteerResult",
     "FinetuneConfig",
     "FinetuneResult",
+    "GateConfig",
+    "GateResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
@@ -87,6 +92,7 @@ __all__ = [
     "extract",
     "feature_steer",
     "finetune",
+    "gate",
     "layers",
     "monitor",
     "sae_eval",

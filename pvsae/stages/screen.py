@@ -9,7 +9,7 @@ never in memory: a shard at a time is read, and of all rows only numbers are kep
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,10 +32,13 @@ from pvsae.vectors.persona import DEFAULT_STATISTIC
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
     from pvsae.models import ChatModel
+    from pvsae.parts import Part
     from pvsae.screening.reading import Probe
     from pvsae.screening.worker import DataSet, Job
 
 BASES = ("all", "subset", "none")
+ENGINES = ("here", "ray")
+_HOW = frozenset({"batch_tokens", "answers", "engine", "workers", "ray_address"})  # how fast and where, not what comes out
 _BINS, _EXAMPLES = 60, 3
 _SHOWN_BAD = 1000  # unusable rows listed in a table; all of them are counted, and stand in the rows' files
 
@@ -65,6 +68,9 @@ class ScreenConfig(Setup):
         filter_judge: a trait that the judge scores every row for, as the filter.
         filter_above: rows scored above this are dropped before a second selection (the paper: 1).
         official_names: name the columns of rows as the released code does.
+        engine: "here" (one process) or "ray" (a pool of workers on a Ray cluster); the numbers are the same.
+        workers: of "ray", each with a model of its own.
+        ray_address: of a running cluster; None is what RAY_ADDRESS says, else a cluster on this machine for this run.
     """
 
     data: tuple[str | Source, ...]
@@ -86,11 +92,14 @@ class ScreenConfig(Setup):
     filter_judge: str | None = None
     filter_above: float = 1.0
     official_names: bool = False
+    engine: str = "here"
+    workers: int = 2
+    ray_address: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
         found = super().identity()
-        return {name: value for name, value in found.items() if name not in ("batch_tokens", "answers")}
+        return {name: value for name, value in found.items() if name not in _HOW}
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,9 @@ class ScreenResult:
         counts: a row a data set: rows by status, rows that were cut, rows without a base answer.
         selections: a row a file of selected rows: data, vector, block, kind, filtered, n, dp (their mean), file.
         rows: data set -> Parquet file with a row of numbers a row.
+        data: the data sets by name, with where their rows stand.
         probes: the vectors at their blocks, in the order of the columns.
+        model: what stands before the names of columns, with `official_names`.
         path: the run folder.
     """
 
@@ -115,7 +126,9 @@ class ScreenResult:
     counts: pd.DataFrame
     selections: pd.DataFrame
     rows: dict[str, Path]
+    data: dict[str, DataSet]
     probes: tuple[Probe, ...]
+    model: str | None
     path: Path
 
 
@@ -174,7 +187,9 @@ def plan(config: ScreenConfig) -> ScreenPlan:
 def _check(config: ScreenConfig) -> None:
     if config.base not in BASES:
         raise UserError(f"unknown base {config.base!r}", f"one of {', '.join(BASES)}")
-    for name in ("subset", "part_rows", "max_rows", "max_length", "batch_tokens"):
+    if config.engine not in ENGINES:
+        raise UserError(f"unknown engine {config.engine!r}", f"one of {', '.join(ENGINES)}")
+    for name in ("subset", "workers", "part_rows", "max_rows", "max_length", "batch_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}", "at least 1")
@@ -218,8 +233,6 @@ def _shards(config: ScreenConfig, folder: RunDir, job: Job, model: ChatModel) ->
 
     Returns: what this start of the run spent: shards made and found, seconds, tokens generated.
     """
-    from pvsae.screening.here import screen_here
-
     spent: dict[str, float] = {}
 
     def count(**more: float) -> None:
@@ -240,7 +253,7 @@ def _shards(config: ScreenConfig, folder: RunDir, job: Job, model: ChatModel) ->
                     shards_damaged=sum(state == "damaged" for state in states.values()),
                 )
                 bar.update(sum(part.rows for part, state in states.items() if state == "done"))
-                for _, part, note in screen_here(job, model, todo):
+                for _, part, note in _engine(config, job, model, todo):
                     bar.update(part.rows)
                     count(
                         generated=note["tokens"]["generated"],
@@ -250,6 +263,19 @@ def _shards(config: ScreenConfig, folder: RunDir, job: Job, model: ChatModel) ->
                     )
                 _join([job.shard(data, part) for part in data.parts], step.folder / "rows.parquet", _names(config, job))
     return spent
+
+
+def _engine(
+    config: ScreenConfig, job: Job, model: ChatModel, todo: Sequence[tuple[DataSet, Part]]
+) -> Iterator[tuple[DataSet, Part, dict[str, Any]]]:
+    if config.engine == "ray":
+        from pvsae.screening.ray_cluster import screen_on_ray
+
+        gpus = 1 if model.device.type == "cuda" else 0
+        return screen_on_ray(job, todo, workers=config.workers, address=config.ray_address, gpus=gpus)
+    from pvsae.screening.here import screen_here
+
+    return screen_here(job, model, todo)
 
 
 def _names(config: ScreenConfig, job: Job) -> dict[str, str]:
@@ -375,8 +401,8 @@ def _report(
     summary = _summary(config, tables, filters)
     folder.result({**summary, "examples": examples, "costs": paid, "spent in this start": spent})
     return ScreenResult(
-        tables["data_sets"], tables["approximations"], tables["subsets"], counts, tables["selections"], files, job.probes,
-        folder.path,
+        tables["data_sets"], tables["approximations"], tables["subsets"], counts, tables["selections"], files,
+        {data.name: data for data in job.data}, job.probes, official, folder.path,
     )  # fmt: skip
 
 
