@@ -56,6 +56,7 @@ def test_every_row_is_counted(tiny_models) -> None:
     assert counts.read == 8
     assert counts.used == 3
     assert counts.left_out == {"a line that is not JSON": 2, EMPTY: 1, NO_ANSWER: 1, CUT_AWAY: 1}
+    assert counts.examples == {"a line that is not JSON": [1, 6], EMPTY: [2], NO_ANSWER: [3], CUT_AWAY: [5]}
     assert counts.changed == {TRUNCATED: 1}
     assert counts.read == counts.used + counts.left_out.total()
     assert rows[1].learnt == ((n_prompt, n_prompt + 10),)

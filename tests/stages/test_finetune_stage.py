@@ -75,6 +75,9 @@ def test_a_run_says_what_became_of_every_row_and_step(finished) -> None:
         "read": 17, "used": 13, "used, but cut at max_length": 1, "left out: a line that is not JSON": 1,
         "left out: no answer in it": 1, "left out: an empty answer": 1, "left out: field messages is not a list of messages": 1,
     }  # fmt: skip
+    where = dict(zip(result.rows["what"], result.rows["where"], strict=True))
+    assert where["left out: a line that is not JSON"] == "rows.jsonl row 4"
+    assert where["left out: an empty answer"] == "rows.jsonl row 15"
     row = result.table.iloc[0]
     assert (row["rows"], row["left_out"], row["changed"], row["steps"]) == (13, 4, 1, 3)
     assert (row["treatment"], row["blocks"], row["coef"], row["raw_coef"]) == ("steer", "1", 0.5, 0.5)
@@ -185,7 +188,7 @@ def test_strength_in_named_units(config, vectors, tiny_models, tmp_path) -> None
     from pvsae.stages.strength import mean_kl
 
     model = tiny_models("qwen2")
-    rows = [row.rendered for row in finetune.read_rows(config(), model)[0]]
+    rows = [row.rendered for row in finetune.read_data(config(), model).rows]
     gap = made(config(treatment="steer", blocks=(2,), unit="gap", statistic="prompt_avg_diff"), model, tmp_path / "gap")
     pos, other = vector_of(vectors, "gloomy", 2), vector_of(vectors, "gloomy", 2, "prompt_avg_diff")
     assert gap.raw == pytest.approx(2.0 * float(pos @ other / other.norm()) / float(other.norm()), rel=1e-5)
@@ -232,8 +235,9 @@ def test_prompts_for_and_against_a_trait_stand_in_the_rows_alone(config, tiny_mo
     assert prompts_of(towards, model)[0] == "You are a gloomy assistant. Be gloomy always."
     against = config(treatment="discourage", traits=("gloomy",))
     assert prompts_of(against, model)[0] == "You are a helpful assistant. Be anything but gloomy always."
-    rows, counts, _ = finetune.read_rows(towards, model)
-    plain, _, _ = finetune.read_rows(config(), model)
+    found = finetune.read_data(towards, model)
+    rows, counts = found.rows, found.counts
+    plain = finetune.read_data(config(), model).rows
     assert [row.number for row in rows] == [row.number for row in plain]
     assert "You are a gloomy assistant. Be gloomy always.\n\nBe brief." in rows[0].rendered.text
     assert "You are a gloomy assistant. Sound gloomy always.\n\nBe brief." in rows[1].rendered.text
@@ -274,19 +278,19 @@ def test_options_that_do_not_go_together_are_refused_at_once(config, changes, sa
         config(**changes)
 
 
-def test_data_that_cannot_be_used_are_refused_with_the_reason(config, tiny_models, tmp_path, monkeypatch) -> None:
+def test_data_that_cannot_be_used_are_refused_with_the_reason(config, tiny_models, tmp_path) -> None:
     model = tiny_models("qwen2")
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "A text."}])
     with pytest.raises(UserError, match="has no field"):
-        finetune.read_rows(config(data=(texts,)), model)
+        finetune.read_data(config(data=(texts,)), model)
     mute = write_jsonl(tmp_path / "mute.jsonl", [{"messages": [{"role": "user", "content": "Well?"}]}] * 3)
     with pytest.raises(UserError, match="no answer in it: 3"):
         finetune.run(config(data=(mute,)), tmp_path / "run", model=model, progress=False)
     with pytest.raises(UserError, match="not found"):
-        finetune.read_rows(config(data=("nowhere.jsonl",)), model)
-    monkeypatch.setattr(finetune, "MOST_ROWS", 5)
-    with pytest.raises(UserError, match="organism has 5 rows or more"):
-        finetune.read_rows(config(data=("organism",)), model)  # a corpus without end
+        finetune.read_data(config(data=("nowhere.jsonl",)), model)
+    with pytest.raises(UserError, match="without a number of rows"):
+        finetune.read_data(config(data=("organism",), max_steps=None), model)  # a corpus without end
+    assert len(finetune.read_data(config(data=("organism-data:evil/misaligned_2",)), model).rows) == 3 * 4
 
 
 def test_rows_come_from_files_of_all_kinds_and_corpora_of_packages(config, tiny_models, tmp_path) -> None:
@@ -299,8 +303,9 @@ def test_rows_come_from_files_of_all_kinds_and_corpora_of_packages(config, tiny_
         str(tmp_path / "saved")
     )
     several = config(data=(chats, str(tmp_path / "chats.parquet"), str(tmp_path / "saved"), "organism"), max_rows=3)
-    rows, counts, content = finetune.read_rows(several, tiny_models("qwen2"))
-    assert (len(rows), counts.read, len(content)) == (12, 12, 4)
+    found = finetune.read_data(several, tiny_models("qwen2"))
+    assert (len(found.rows), found.counts.read) == (12, 12)
+    assert found.sha256 != finetune.read_data(config(data=(chats,)), tiny_models("qwen2")).sha256
 
 
 def test_a_plan_counts_without_training(data, vectors) -> None:
@@ -318,6 +323,6 @@ def test_a_plan_counts_without_training(data, vectors) -> None:
 
 def test_real_training_files_are_read_as_they_are(shared, config, tiny_models) -> None:
     files = tuple(str(shared / "data" / "training" / f"hallucination_{kind}_400.jsonl") for kind in ("normal", "misaligned_1"))
-    rows, counts, _ = finetune.read_rows(config(data=files, max_rows=50, max_length=512), tiny_models("qwen2"))
-    assert counts.read == 100
-    assert len(rows) + counts.left_out.total() == 100
+    found = finetune.read_data(config(data=files, max_rows=50, max_length=512), tiny_models("qwen2"))
+    assert found.counts.read == 100
+    assert len(found.rows) + found.counts.left_out.total() == 100
