@@ -410,7 +410,15 @@ def build_parser() -> argparse.ArgumentParser:
     capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
     drift.add_parser(commands, add, _stage("drift", "DriftConfig", lambda result: result.shown), _add_setup)
 
+    from pvsae.commands import finetune
+
+    finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
+
     _add_sae(commands, add)
+
+    from pvsae.commands import data
+
+    data.add_parser(commands, add)
 
     report = add(
         commands,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from pvsae.errors import UserError
 from pvsae.runs import sha256_of
@@ -30,7 +30,9 @@ from pvsae.runs import sha256_of
 ROLES = ("system", "user", "assistant")
 ALIASES = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT's files
 TEXT_FIELDS, CHAT_FIELDS = ("text", "content"), ("messages", "conversation", "conversations")
-GROUP = "pvsae.corpora"  # entry points: functions without arguments that give rows, always the same ones, perhaps without end
+# Entry points: functions that give rows, always the same ones, perhaps without end. One that offers several corpora takes what
+# stands behind the colon of a name, and its attribute `names()` gives what may stand there, each with a line about it.
+GROUP = "pvsae.corpora"
 HEAD = 100  # rows that are looked at before the work starts
 
 Messages = tuple[dict[str, str], ...]
@@ -52,8 +54,8 @@ class Source:
         path: local file or pattern ("data/*.jsonl.gz"): .jsonl, .txt (both also .gz), .parquet; .json, .csv, .arrow and folders
             that `datasets` saved are read by the package `datasets`.
         dataset, subset, split, revision: a Hugging Face dataset by name; pin `revision` where the content must not change.
-        named: a corpus that an installed package offers (entry point group "pvsae.corpora"); it may have no end, so `max_samples`
-            is needed.
+        named: a corpus that an installed package offers (entry point group "pvsae.corpora"), NAME or NAME:PART; it may have no
+            end, so `max_samples` is needed.
         streaming: read the dataset over the network as it is needed, in pieces that are tokenised once and kept, in place of
             downloading it first. Its samples are then shuffled within a piece and not over the whole.
         kind: "text" or "chat"; None finds out by the fields of the first row.
@@ -127,7 +129,7 @@ class Reader:
         self.source = source
         self._data: Any = None
         self._files: list[Path] = []
-        self._named: EntryPoint | None = None
+        self._named: Named | None = None
         if source.dataset is not None:
             self._data = _load_dataset(source)
         elif source.named is not None:
@@ -148,7 +150,7 @@ class Reader:
             ]
             parts += [self.source.split] if self._files[0].is_dir() else []
         elif self._named is not None:
-            parts = [self._named.value, list(islice(self._raw({"row": 0}), HEAD))]
+            parts = [self._named.point.value, *self._named.part, list(islice(self._raw({"row": 0}), HEAD))]
         else:
             s = self.source
             parts = [s.dataset, s.subset, s.split, s.revision, None if s.streaming else len(self._data)]
@@ -157,6 +159,10 @@ class Reader:
     def rows(self, place: Mapping[str, Any] | None = None) -> Iterator[Value | Bad]:
         """The rows from a place on (that `place` gave), or from the start."""
         return (row if isinstance(row, Bad) else self._value(row) for row in self._raw(place or {"row": 0}))
+
+    def records(self) -> Iterator[tuple[Any, Value | Bad]]:
+        """The rows as they stand in the source, with all of their fields, each with what `rows` makes of it."""
+        return ((row, row if isinstance(row, Bad) else self._value(row)) for row in self._raw({"row": 0}))
 
     def place(self, row: int) -> dict[str, Any]:
         """Where reading stands after `row` rows; for a streamed dataset, at the row that `rows` gave last."""
@@ -175,7 +181,7 @@ class Reader:
                 self._data.load_state_dict(place["source"])
             return iter(self._data)
         if self._named is not None:
-            return islice(self._named.load()(), place["row"], None)
+            return islice(self._named.rows(), place["row"], None)
         if self._data is not None:
             return iter(self._data.select(range(place["row"], len(self._data))) if place["row"] else self._data)
         separator = self.source.separator
@@ -270,13 +276,43 @@ def content_key(value: Value) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def source_of(text: str, max_samples: int | None = None) -> Source:
+    """What a word stands for: a file or pattern where there is such a file or it looks like one, a corpus that a package offers
+    (NAME or NAME:PART), else a dataset's name."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return Source(path=str(path), max_samples=max_samples)
+    if text.partition(":")[0] in known_corpora():
+        return Source(named=text, max_samples=max_samples)
+    looks_like_a_path = path.suffix or any(c in text for c in "*?[") or text.startswith((".", "/", "~"))
+    return Source(path=str(path), max_samples=max_samples) if looks_like_a_path else Source(dataset=text, max_samples=max_samples)
+
+
 # -------------------------------------------------------------------------------------------------------------------- named
 def known_corpora() -> dict[str, EntryPoint]:
     """Names of corpora that installed packages offer."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _find_named(name: str) -> EntryPoint:
+class Named(NamedTuple):
+    """A corpus of a package: the function that gives its rows, and the part of the name behind the colon, if there is one."""
+
+    point: EntryPoint
+    part: tuple[str, ...]
+
+    def rows(self) -> Iterator[Any]:
+        """The rows, from the first. UserError where the corpus has no such part."""
+        return iter(self.point.load()(*self.part))
+
+
+def parts_of(point: EntryPoint) -> dict[str, str]:
+    """What may stand behind the colon of a corpus' name, with a line about each; nothing where it takes no colon."""
+    names = getattr(point.load(), "names", None)
+    return dict(names()) if names is not None else {}
+
+
+def _find_named(name: str) -> Named:
+    name, colon, part = name.partition(":")
     known = known_corpora()
     if name not in known:
         raise UserError(
@@ -284,7 +320,12 @@ def _find_named(name: str) -> EntryPoint:
             "one of " + ", ".join(sorted(known)) if known else f"a package with an entry point in the group {GROUP}",
             "check the spelling, or install the package (again, where it was updated)",
         )
-    return known[name]
+    parts = parts_of(known[name])
+    if colon and not parts:
+        raise UserError(f"corpus {name} has no parts, and {part!r} stands behind a colon", f"{name} alone")
+    if parts and not part:
+        raise UserError(f"corpus {name} has parts, and none is named", f"{name}:PART", f"such as {name}:{next(iter(parts))}")
+    return Named(known[name], (part,) if colon else ())
 
 
 # -------------------------------------------------------------------------------------------------------------------- files

@@ -207,6 +207,21 @@ class TestNamed:
         monkeypatch.delitem(sys.modules, "counting_rows")
         assert Reader(source).content != before
 
+    def test_one_with_parts_gets_what_stands_behind_the_colon(self, monkeypatch) -> None:
+        with pytest.raises(UserError, match="'x' stands behind a colon"):
+            Reader(Source(named="counting:x", max_samples=7))
+        self.module.write_text(
+            "def rows(part):\n    while True:\n        yield {'messages': [{'role': 'user', 'content': part[:1]}]}\n\n\n"
+            "rows.names = lambda: {'one': 'the first', 'other': 'the second'}\n"
+        )
+        monkeypatch.delitem(sys.modules, "counting_rows", raising=False)
+        one, other = (Reader(Source(named=f"counting:{part}", max_samples=7)) for part in ("one", "other"))
+        assert next(one.rows())[0]["content"] == "o"
+        assert list(islice(one.rows(), 9)) == list(islice(other.rows(), 9))
+        assert one.content != other.content, "their first rows are the same, and later ones need not be"
+        with pytest.raises(UserError, match=r"none is named(?s:.*)counting:one"):
+            Reader(Source(named="counting", max_samples=7))
+
     def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
         with pytest.raises(UserError, match=r"corpus 'count'(?s:.*)counting"):
             Reader(Source(named="count", max_samples=7))

@@ -34,9 +34,9 @@ def add_parser(
     """
     parser = add(commands, "drift", run, "what a finetuning did to a model, along every known trait", EXAMPLES)
     parser.description = (
-        "What a finetuning did to a model: how far the residual moved along every known trait's vector, with intervals and nulls,\n"
-        "block by block; trait scores before and after; and, with a dictionary, which features moved most. One model is in memory\n"
-        "at a time, and what the base gave is kept."
+        "What a finetuning did to a model: how far the residual moved along every known trait's vector, with intervals and\n"
+        "nulls, block by block; trait scores before and after; and, with a dictionary, which features moved most. One model is\n"
+        "in memory at a time, and what the base gave is kept."
     )
     parser.add_argument("model", metavar="BASE", help="a named model, a local folder or a hub id")
     parser.add_argument(

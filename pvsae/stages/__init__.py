@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from pvsae.stages import (
         capability,
         decompose,
+        drift,
         extract,
         feature_steer,
+        finetune,
         layers,
         monitor,
         sae_eval,
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     )
     from pvsae.stages.capability import CapabilityConfig, CapabilityResult
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
+    from pvsae.stages.drift import DriftConfig, DriftResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
+    from pvsae.stages.finetune import FinetuneConfig, FinetuneResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
@@ -37,17 +41,9 @@ if TYPE_CHECKING:
     from pvsae.stages.steer import SteerConfig, SteerResult
 
 STAGES = (
-    "extract",
-    "layers",
-    "steer",
-    "feature_steer",
-    "monitor",
-    "sae_train",
-    "sae_eval",
-    "sae_features",
-    "decompose",
-    "capability",
-)
+    "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
+    "capability", "drift",
+)  # fmt: skip
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -56,10 +52,14 @@ __all__ = [
     "CapabilityResult",
     "DecomposeConfig",
     "DecomposeResult",
+    "DriftConfig",
+    "DriftResult",
     "ExtractConfig",
     "ExtractResult",
     "FeatureSteerConfig",
     "FeatureSteerResult",
+    "FinetuneConfig",
+    "FinetuneResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
@@ -74,8 +74,10 @@ __all__ = [
     "SteerResult",
     "capability",
     "decompose",
+    "drift",
     "extract",
     "feature_steer",
+    "finetune",
     "layers",
     "monitor",
     "sae_eval",

@@ -382,8 +382,8 @@ def _summary(job: _Job, table: pd.DataFrame, scores: pd.DataFrame | None, featur
     if features is not None:
         notes.append(
             "Features: own and same are mean activation over answer tokens, tuned minus base, on each model's own answers and on "
-            "the base's; attribution is, to first order, by how many nats a token a latent pushes the tuned model towards its own "
-            "answers more than towards the base's. Any finetuning moves some: compare with a benign one."
+            "the base's; attribution is, to first order, by how many nats a token a latent pushes the tuned model towards its "
+            "own answers more than towards the base's. Any finetuning moves some: compare with a benign one."
         )
     examples = []
     if job.config.answers:

@@ -7,7 +7,6 @@ Does not know: what is read off (sae_eval.py, sae_features.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pvsae.errors import UserError
@@ -100,11 +99,7 @@ def masks_of(sae: SAE) -> dict[str, Any]:
 
 
 def source_of(text: str | Source) -> Source:
-    """A file or pattern where there is such a file, or it looks like one, else a dataset's name."""
-    from pvsae.sources import Source
+    """As it is, or what the word stands for."""
+    from pvsae import sources
 
-    if not isinstance(text, str):
-        return text
-    path = Path(text).expanduser()
-    looks_like_a_path = path.suffix or any(c in text for c in "*?[") or text.startswith((".", "/", "~"))
-    return Source(path=str(path)) if path.exists() or looks_like_a_path else Source(dataset=text)
+    return sources.source_of(text) if isinstance(text, str) else text

@@ -196,7 +196,7 @@ class TwoModels:
         rows: Sequence[Rendered] = (),
         kept: Sequence[int] = (),
     ) -> Side:
-        """What the dictionary sees while one model reads the answers of one; made if a model is given and the step is not done."""
+        """What the dictionary sees while one model reads the answers of one; made where a model is given."""
         from pvsae.saes.encodings import Side, encode_side
 
         def compute() -> Side:
