@@ -164,7 +164,7 @@ def plan(config: DriftConfig) -> Plan | str:
     for artifacts in traits:
         read_vectors(config.vectors, artifacts.name, config.statistic)
     if not config.answers:
-        n = sum(len(tasks_of(config, artifacts)) for artifacts in traits)
+        n = sum(task.sample == 0 for artifacts in traits for task in tasks_of(config, artifacts))
         return f"{n} prompts are read by both models; nothing is generated or judged"
     parts = [(artifacts, [*tasks_of(config, artifacts)] * 2) for artifacts in traits]
     found = plan_answers(config, parts)
