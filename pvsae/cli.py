@@ -174,12 +174,13 @@ def _traits_author(args: argparse.Namespace) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- parser
-def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True) -> None:
+def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True, model: bool = True) -> None:
     group = parser.add_argument_group("what to work on")
     if vectors:
         how: dict[str, Any] = {} if needed else {"nargs": "?"}
         group.add_argument("vectors", **how, help="run folder of `pvsae extract`, a .safetensors file, or an official .pt file")
-    group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
+    if model:
+        group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
     group.add_argument("--adapter", help="folder or id of a PEFT adapter")
     group.add_argument(
         "--traits", nargs="+", metavar="TRAIT", help="names, LIBRARY/NAME or JSON files (default: the whole library)"
@@ -410,9 +411,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
 
-    from pvsae.commands import capability
+    from pvsae.commands import capability, drift
 
     capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
+    drift.add_parser(commands, add, _stage("drift", "DriftConfig", lambda result: result.shown), _add_setup)
 
     from pvsae.commands import gate, screen
 
