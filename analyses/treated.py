@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pvsae.stages.capability import CapabilityConfig, task_names
-from pvsae.stages.capability_tasks import Tasks
 
 from pvsae import load
 from pvsae.errors import UserError
@@ -32,6 +30,8 @@ from pvsae.models.batch import TokenBatch
 from pvsae.models.interventions import Intervention
 from pvsae.runs import RunDir
 from pvsae.stages import FinetuneConfig, finetune
+from pvsae.stages.capability import CapabilityConfig, task_names
+from pvsae.stages.capability_tasks import Tasks
 from pvsae.stages.inputs import Setup, open_judge, open_traits, open_vectors, pin_inputs
 from pvsae.stages.statistics import mean_ci
 from pvsae.stages.sweep import judged_answers, score_columns, tasks_under
