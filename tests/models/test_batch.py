@@ -5,6 +5,7 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.models import Positions, Rendered, TokenBatch, halving_on_oom, length_sorted_batches
+from tests.models.rows import rendered_rows
 
 
 def row(n_prompt, n_answer, stop=1, first=10):
