@@ -174,12 +174,13 @@ def _traits_author(args: argparse.Namespace) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- parser
-def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True) -> None:
+def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True, model: bool = True) -> None:
     group = parser.add_argument_group("what to work on")
     if vectors:
         how: dict[str, Any] = {} if needed else {"nargs": "?"}
         group.add_argument("vectors", **how, help="run folder of `pvsae extract`, a .safetensors file, or an official .pt file")
-    group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
+    if model:
+        group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
     group.add_argument("--adapter", help="folder or id of a PEFT adapter")
     group.add_argument(
         "--traits", nargs="+", metavar="TRAIT", help="names, LIBRARY/NAME or JSON files (default: the whole library)"
@@ -255,7 +256,8 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
     measure.add_argument("--adapter", help="folder or id of a PEFT adapter")
     measure.add_argument("--text", nargs="+", help="files or Hugging Face datasets (default: what training held out)")
     measure.add_argument("--compare", metavar="DICTIONARY", help="another dictionary of the same block, e.g. of another seed")
-    measure.add_argument("--block", type=int, metavar="B", help="counted from 0 (default: the dictionary's)")
+    measure.add_argument("--other-model", action="store_true", help="take a model that is not the dictionary's, of its width")
+    measure.add_argument("--block", type=int, metavar="B", help="counted from 0, where the dictionary does not say it")
     measure.add_argument("--tokens", type=int, metavar="N", help="tokens that count, at least (default: 200000)")
     measure.add_argument("--loss-tokens", type=int, metavar="N", help="tokens for the losses; 0: none (default: 20000)")
     measure.add_argument("--context", type=int, metavar="N", help="tokens a row (default: the dictionary's)")
@@ -409,9 +411,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
 
-    from pvsae.commands import capability
+    from pvsae.commands import capability, drift
 
     capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
+    drift.add_parser(commands, add, _stage("drift", "DriftConfig", lambda result: result.shown), _add_setup)
 
     from pvsae.commands import gate, screen
 

@@ -391,6 +391,25 @@ def _screening(*tables: pd.DataFrame) -> Figure:
     return screening_figure(*tables)
 
 
+# ---------------------------------------------------------------------------------------------------------------- drift
+def _drift(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.drift import drift_figure
+
+    return drift_figure(*tables)
+
+
+def _drift_profile(table: pd.DataFrame) -> Figure:
+    from pvsae.reports.drift import profile_figure
+
+    return profile_figure(table)
+
+
+def _drift_features(table: pd.DataFrame) -> Figure:
+    from pvsae.reports.drift import features_figure
+
+    return features_figure(table)
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -416,6 +435,11 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
     "capability": [("capability", _capability, ("capability",))],
     "screen": [("screening", _screening, ("histogram", "data_sets"))],
     "gate": [("screening", _screening, ("histogram", "data_sets"))],
+    "drift": [
+        ("drift", _drift, ("drift", "scores?")),
+        ("profile", _drift_profile, ("profile",)),
+        ("moved_features", _drift_features, ("features",)),
+    ],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

@@ -38,12 +38,14 @@ FIRST = (
     "offending",
     "capability",
     "data_sets",
+    "drift",
+    "scores",
     "quality",
     "loss",
     "agreement",
     "dictionaries",
 )  # tables to open on; the others follow by name
-HIDDEN = ("trace", "points", "l0", "density", "metrics", "histogram")  # shown as coloured text and as figures
+HIDDEN = ("profile", "trace", "points", "l0", "density", "metrics", "histogram")  # shown as coloured text and as figures
 ORDER = (
     "extract",
     "layers",
@@ -58,6 +60,7 @@ ORDER = (
     "capability",
     "screen",
     "gate",
+    "drift",
 )
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
@@ -87,6 +90,12 @@ CAPTIONS = {
         "Middle: how much of the vector the first atoms of a pursuit explain, beside a random direction (grey). Right: cosine "
         "against the difference of encodings, of the latents that any method lists."
     ),
+    "drift": (
+        "Left: how far the last prompt token moved along each trait's vector, with its 95% interval over questions; behind it, "
+        "what random directions reach. Right: trait scores of both models' answers."
+    ),
+    "profile": "The shift at every block. Grey: what 95% of random directions stay below.",
+    "moved_features": "The latents that moved most, with the trait whose vector is nearest to each and their cosine.",
     "capability": (
         "Value of each task against strength. Grey: random directions of the vector's length. Band: 95% interval of the change "
         "on the same questions. Dashed: the direction taken out. Strength 0 is the untouched model."

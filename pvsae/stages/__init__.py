@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pvsae.stages import (
         capability,
         decompose,
+        drift,
         extract,
         feature_steer,
         finetune,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
     from pvsae.stages.capability import CapabilityConfig, CapabilityResult
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
+    from pvsae.stages.drift import DriftConfig, DriftResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
     from pvsae.stages.finetune import FinetuneConfig, FinetuneResult
@@ -56,6 +58,7 @@ STAGES = (
     "capability",
     "screen",
     "gate",
+    "drift",
 )
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
@@ -65,6 +68,8 @@ __all__ = [
     "CapabilityResult",
     "DecomposeConfig",
     "DecomposeResult",
+    "DriftConfig",
+    "DriftResult",
     "ExtractConfig",
     "ExtractResult",
     "FeatureSteerConfig",
@@ -89,6 +94,7 @@ __all__ = [
     "SteerResult",
     "capability",
     "decompose",
+    "drift",
     "extract",
     "feature_steer",
     "finetune",
