@@ -103,6 +103,9 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
     group.add_argument("--weight-decay", type=float, metavar="D", help="(default: 0.01)")
     group.add_argument("--max-grad-norm", type=float, metavar="G", help="(default: 1)")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument(
+        "--packing", action="store_true", help="rows of a forward pass one behind the other: no padding, same loss"
+    )
     group.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 50)")
     group.add_argument("--seed", type=int, help="of rows' order and first weights (default: 0)")
     group = parser.add_argument_group("how it runs")

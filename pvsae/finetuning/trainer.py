@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -61,6 +61,7 @@ class TrainSettings:
         accumulation: forward passes a step.
         weight_decay, max_grad_norm: of AdamW, and the length to which gradients are cut.
         gradient_checkpointing: keep activations at block borders alone, and compute the rest twice.
+        packing: lay the rows of a forward pass one behind the other instead of padding each. Steps, rows and loss are the same.
         save_every: steps between checkpoints.
         seed: of the adapter's first weights, the rows' order, dropout.
     """
@@ -75,6 +76,7 @@ class TrainSettings:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    packing: bool = False
     save_every: int = 50
     seed: int = 0
 
@@ -137,6 +139,8 @@ def train(
         pass  # says what does not fit the model before any work
     folder.mkdir(parents=True, exist_ok=True)
     with _same_random_numbers(), attached(model, lora, settings.seed) as peft, _checkpointing(model, settings):
+        if settings.packing:
+            _check_packing(model, rows)
         seen = [rows[i] for i in order(len(rows), settings.seen(len(rows)), settings.seed)]
         trainer = _AdapterTrainer(model, peft, seen, treatment, settings, folder, progress)
         newest = checkpoints.newest(folder)
@@ -187,6 +191,7 @@ class _AdapterTrainer(Trainer):
         progress: bool,
     ) -> None:
         self.chat_model, self.peft, self.treatment, self.folder = model, peft, treatment, folder
+        self.packing = settings.packing
         self._step_tokens = self._step_rows = self._step_learnt = 0
         self._step_loss: Float[Tensor, ""] | float = 0.0
         self._step_penalty: Float[Tensor, ""] | float = 0.0
@@ -207,12 +212,8 @@ class _AdapterTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------------------- a step
     def _collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch = TokenBatch.build([row.rendered for row in rows], pad_id=self.chat_model.pad_id)
-        labels = torch.full_like(batch.input_ids, UNLEARNT)
-        for i, row in enumerate(rows):
-            for start, end in row.learnt:
-                labels[i, start:end] = batch.input_ids[i, start:end]
-        return {"batch": batch, "labels": labels}
+        batch, labels = collate(rows, self.chat_model.pad_id, 0 if self.packing else None)
+        return {"batch": batch, "labels": labels, "rows": len(rows)}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -221,7 +222,7 @@ class _AdapterTrainer(Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_learnt = sum(int((sample["labels"][:, 1:] != UNLEARNT).sum()) for sample in samples)
         self._step_tokens = sum(int(sample["batch"].positions.all.sum()) for sample in samples)
-        self._step_rows = sum(len(sample["labels"]) for sample in samples)
+        self._step_rows = sum(sample["rows"] for sample in samples)
         self._step_loss = self._step_penalty = 0.0
         return samples, self._step_learnt
 
@@ -309,6 +310,25 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
+def collate(rows: Sequence[Row], pad_id: int, packed: int | None = None) -> tuple[TokenBatch, Int[Tensor, "batch pos"]]:
+    """A batch of rows, padded or packed, and its labels: a token's id where it is learnt, UNLEARNT elsewhere.
+
+    Args:
+        packed: tokens of a line into which rows are packed, 0 for the longest row's; None pads each row.
+    """
+    rendered = [row.rendered for row in rows]
+    if packed is not None:
+        batch, places = TokenBatch.pack(rendered, pad_id=pad_id, width=packed or None)
+    else:
+        batch, places = TokenBatch.build(rendered, pad_id=pad_id), [(i, 0) for i in range(len(rows))]
+    labels = torch.full_like(batch.input_ids, UNLEARNT)
+    for row, (line, at) in zip(rows, places, strict=True):
+        for start, end in row.learnt:
+            here = slice(at + max(start, 1), at + end)  # nothing of the row itself predicts its first token
+            labels[line, here] = batch.input_ids[line, here]
+    return batch, labels
+
+
 def answer_loss(model: ChatModel, batch: TokenBatch, labels: Tensor) -> Float[Tensor, ""]:
     """Sum of -log p over the learnt tokens of a batch, in nats and fp32. Logits are made only where some row needs them.
 
@@ -324,6 +344,21 @@ def answer_loss(model: ChatModel, batch: TokenBatch, labels: Tensor) -> Float[Te
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), wanted[:, keep].flatten(), ignore_index=UNLEARNT, reduction="sum"
     )
+
+
+def _check_packing(model: ChatModel, rows: Sequence[Row]) -> None:
+    """UserError where rows that are packed see each other: not every architecture of transformers looks at where they start."""
+    pair = sorted([*rows[:100], rows[0]], key=lambda row: len(row.rendered.ids))[:2]
+    width = sum(len(row.rendered.ids) for row in pair)
+    with torch.no_grad():
+        apart = [float(answer_loss(model, *collate([row], model.pad_id))) for row in pair]
+        together = float(answer_loss(model, *collate(pair, model.pad_id, width)))
+    if not math.isclose(sum(apart), together, rel_tol=0.02 if model.dtype is torch.bfloat16 else 1e-4):
+        raise UserError(
+            f"rows of {model.name} see each other when they are packed (loss {together:.4f}, apart {sum(apart):.4f})",
+            "a model whose attention starts over where its position_ids do",
+            "leave --packing out",
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- around the training

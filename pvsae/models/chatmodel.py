@@ -168,6 +168,8 @@ class ChatModel:
             # Without padding on the left, causal attention and counting positions from the cache's end are right by themselves,
             # and the mask-free path is the fastest that sdpa has.
             inputs |= {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        elif batch.packed:
+            inputs["position_ids"] = batch.position_ids  # where they start over, transformers keeps attention within a row
         with self.stack.at(batch.positions):
             if logits is None:
                 top = self.stack.highest_captured

@@ -59,7 +59,7 @@ class FinetuneConfig(Treating):
         turns: learn all answers of a chat ("all", as the released code does) or the last one.
         rank, alpha, rslora, dropout, targets: of the adapter; see `finetuning.lora.LoraSettings`.
         learning_rate, scheduler, warmup_steps, epochs, max_steps, batch, accumulation, weight_decay, max_grad_norm,
-            gradient_checkpointing, save_every: see `finetuning.trainer.TrainSettings`.
+            gradient_checkpointing, packing, save_every: see `finetuning.trainer.TrainSettings`.
     """
 
     data: tuple[str, ...]
@@ -84,6 +84,7 @@ class FinetuneConfig(Treating):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    packing: bool = False
     save_every: int = 50
 
     def __post_init__(self) -> None:
@@ -124,8 +125,8 @@ class FinetuneConfig(Treating):
         return TrainSettings(
             learning_rate=self.learning_rate, scheduler=self.scheduler, warmup_steps=self.warmup_steps, epochs=self.epochs,
             max_steps=self.max_steps, batch=self.batch, accumulation=self.accumulation, weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm, gradient_checkpointing=self.gradient_checkpointing, save_every=self.save_every,
-            seed=self.seed,
+            max_grad_norm=self.max_grad_norm, gradient_checkpointing=self.gradient_checkpointing, packing=self.packing,
+            save_every=self.save_every, seed=self.seed,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,40 @@ def test_a_step_does_not_depend_on_how_its_rows_are_spread_over_forward_passes(m
     assert close(whole, parts)
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+def test_packed_rows_give_the_same_training(model, treated, tmp_path) -> None:
+    both = Treatment(steering(model).edits, penalty=regularising(model).penalty)
+    adapter, lines = trained(model, tmp_path, both, packing=True)
+    assert close(adapter, treated[0])
+    for one, other in zip(lines, treated[1], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "llama", "stories260k"])
+def test_packed_rows_do_not_see_each_other(tiny_models, arch) -> None:
+    model = tiny_models(arch)
+    rows = [replace(row, learnt=((0, len(row.rendered.ids)),)) for row in rows_of(model, 7, turns="last")]
+    batch, labels = trainer.collate(rows, model.pad_id, 0)
+    assert len(batch.input_ids) < len(rows)
+    assert int((labels != trainer.UNLEARNT).sum()) == sum(len(row.rendered.ids) - 1 for row in rows)
+    edits = [Add(direction(model, norm=1.0), 1, 3.0, positions) for positions in ("prompt", "response")]
+    with torch.no_grad(), model.hooks(edits):
+        apart = [float(trainer.answer_loss(model, *trainer.collate([row], model.pad_id))) for row in rows]
+        together = float(trainer.answer_loss(model, batch, labels))
+    assert together == pytest.approx(sum(apart), rel=1e-5)
+
+
+def test_a_model_that_cannot_keep_packed_rows_apart_is_refused(model, tmp_path) -> None:
+    def blind(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "position_ids": None}
+
+    handle = model.decoder.register_forward_pre_hook(blind, with_kwargs=True)
+    try:
+        with pytest.raises(UserError, match="see each other"):
+            trained(model, tmp_path, packing=True)
+    finally:
+        handle.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------------- treatments
