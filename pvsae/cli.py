@@ -3,7 +3,8 @@
 Knows: the names of options, how a UserError, an interruption and success look in a terminal.
 Does not know: what a stage does. No heavy library is imported before a subcommand runs.
 
-Exit codes: 0 done, 2 wrong input (one message, no traceback), 130 interrupted (what is done is kept).
+Exit codes: 0 done, 1 a check failed (`pvsae gate`), 2 wrong input (one message, no traceback), 130 interrupted (what is done is
+kept).
 """
 
 from __future__ import annotations
@@ -255,7 +256,8 @@ def _add_sae(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None
     measure.add_argument("--adapter", help="folder or id of a PEFT adapter")
     measure.add_argument("--text", nargs="+", help="files or Hugging Face datasets (default: what training held out)")
     measure.add_argument("--compare", metavar="DICTIONARY", help="another dictionary of the same block, e.g. of another seed")
-    measure.add_argument("--block", type=int, metavar="B", help="counted from 0 (default: the dictionary's)")
+    measure.add_argument("--other-model", action="store_true", help="take a model that is not the dictionary's, of its width")
+    measure.add_argument("--block", type=int, metavar="B", help="counted from 0, where the dictionary does not say it")
     measure.add_argument("--tokens", type=int, metavar="N", help="tokens that count, at least (default: 200000)")
     measure.add_argument("--loss-tokens", type=int, metavar="N", help="tokens for the losses; 0: none (default: 20000)")
     measure.add_argument("--context", type=int, metavar="N", help="tokens a row (default: the dictionary's)")
@@ -405,14 +407,19 @@ def build_parser() -> argparse.ArgumentParser:
     run = _stage("decompose", "DecomposeConfig", decompose.shown)
     decompose.add_parser(commands, add, run, _add_setup)
 
+    from pvsae.commands import finetune
+
+    finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
+
     from pvsae.commands import capability, drift
 
     capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
     drift.add_parser(commands, add, _stage("drift", "DriftConfig", lambda result: result.shown), _add_setup)
 
-    from pvsae.commands import finetune
+    from pvsae.commands import gate, screen
 
-    finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
+    screen.add_parser(commands, add, _stage("screen", "ScreenConfig", screen.shown), _add_setup)
+    gate.add_parser(commands, add, _LAST.append, _add_setup)
 
     _add_sae(commands, add)
 
@@ -444,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         args.settings += rest  # argparse takes positional words in one piece only; these came behind an option
     try:
-        args.run(args)
+        code = args.run(args)
     except UserError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
@@ -455,4 +462,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return code or 0

@@ -384,6 +384,14 @@ def _capability(table: pd.DataFrame) -> Figure:
     return capability_figure(table)
 
 
+# ------------------------------------------------------------------------------------------------------------ screening
+def _screening(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.screening import screening_figure
+
+    return screening_figure(*tables)
+
+
+# ---------------------------------------------------------------------------------------------------------------- drift
 def _drift(*tables: pd.DataFrame) -> Figure:
     from pvsae.reports.drift import drift_figure
 
@@ -423,13 +431,15 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("decomposition", _decomposition, ("decomposition", "curve", "nulls")),
         ("causal", _causal, ("causal",)),
     ],
+    "finetune": [("finetuning", finetuning_figure, ("metrics",))],
+    "capability": [("capability", _capability, ("capability",))],
+    "screen": [("screening", _screening, ("histogram", "data_sets"))],
+    "gate": [("screening", _screening, ("histogram", "data_sets"))],
     "drift": [
         ("drift", _drift, ("drift", "scores?")),
         ("profile", _drift_profile, ("profile",)),
         ("moved_features", _drift_features, ("features",)),
     ],
-    "capability": [("capability", _capability, ("capability",))],
-    "finetune": [("finetuning", finetuning_figure, ("metrics",))],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         extract,
         feature_steer,
         finetune,
+        gate,
         layers,
         monitor,
         sae_eval,
         sae_features,
         sae_train,
+        screen,
         steer,
     )
     from pvsae.stages.capability import CapabilityConfig, CapabilityResult
@@ -33,17 +35,31 @@ if TYPE_CHECKING:
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
     from pvsae.stages.finetune import FinetuneConfig, FinetuneResult
+    from pvsae.stages.gate import GateConfig, GateResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
     from pvsae.stages.sae_features import SaeFeaturesConfig, SaeFeaturesResult
     from pvsae.stages.sae_train import SaeTrainResult
+    from pvsae.stages.screen import ScreenConfig, ScreenResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
 STAGES = (
-    "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
-    "capability", "drift",
-)  # fmt: skip
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "finetune",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "capability",
+    "screen",
+    "gate",
+    "drift",
+)
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -60,6 +76,8 @@ __all__ = [
     "FeatureSteerResult",
     "FinetuneConfig",
     "FinetuneResult",
+    "GateConfig",
+    "GateResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
@@ -70,6 +88,8 @@ __all__ = [
     "SaeFeaturesResult",
     "SaeTrainConfig",
     "SaeTrainResult",
+    "ScreenConfig",
+    "ScreenResult",
     "SteerConfig",
     "SteerResult",
     "capability",
@@ -78,11 +98,13 @@ __all__ = [
     "extract",
     "feature_steer",
     "finetune",
+    "gate",
     "layers",
     "monitor",
     "sae_eval",
     "sae_features",
     "sae_train",
+    "screen",
     "steer",
 ]
 

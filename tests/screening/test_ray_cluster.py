@@ -1,0 +1,127 @@
+"""The Ray engine on a cluster of two workers on this machine, one of which is killed: the numbers of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from pvsae.errors import UserError
+from pvsae.screening import ray_cluster
+from pvsae.stages import ScreenConfig, screen
+from pvsae.stages.screen import read_rows
+from pvsae.vectors import PersonaVectors
+
+from .chats import chats, write_jsonl
+
+pytest.importorskip("ray.data", reason="Ray is not installed (pip install 'pvsae[ray]')")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two CPUs, so two workers at once. Ended with the module."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # else Ray leaves a token in the home folder
+    import ray
+
+    ray_cluster._start(ray, num_cpus=2, log_to_driver=False, logging_level="warning", object_store_memory=10**8)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def config(tmp_path, tiny_folders, tiny_models):
+    folder, model = tiny_folders("qwen2"), tiny_models("qwen2")
+    values = torch.randn(model.n_blocks, model.d_model, generator=torch.Generator().manual_seed(0))
+    vector = PersonaVectors("gloomy", {"response_avg_diff": values}).save(tmp_path / "gloomy.safetensors")
+    data = write_jsonl(tmp_path / "data.jsonl", [*chats(17), b"broken"])
+
+    def make(**options) -> ScreenConfig:
+        return ScreenConfig(
+            model=str(folder), data=(str(data),), vectors=(str(vector),), blocks=(1, 2), max_new_tokens=6, part_rows=3, **options
+        )
+
+    return make
+
+
+def same(a: Path, b: Path) -> None:
+    pd.testing.assert_frame_equal(read_rows(a), read_rows(b), rtol=1e-5, atol=1e-5)
+
+
+def test_a_killed_worker_changes_nothing(cluster, config, tmp_path, monkeypatch) -> None:
+    here = screen.run(config(), tmp_path / "here")
+    notes, killed = [], []
+    real = screen._engine
+    monkeypatch.setattr(screen, "_engine", lambda *a: (notes.append(one[2]) or one for one in real(*a)))
+
+    def kill_the_first() -> None:
+        while not killed:
+            for file in (tmp_path / "ray" / ".parts").rglob("*.json"):
+                process = json.loads(file.read_text())["process"]
+                if b"ray::" in Path(f"/proc/{process}/cmdline").read_bytes() and not killed:
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=kill_the_first, daemon=True)
+    watcher.start()
+    there = screen.run(config(engine="ray", workers=2), tmp_path / "ray")
+    watcher.join(timeout=1)
+    assert killed
+    assert len(notes) == 6
+    workers = {note["process"] for note in notes}
+    assert os.getpid() not in workers
+    assert workers - set(killed)  # somebody went on
+    same(here.rows["data"], there.rows["data"])
+    pd.testing.assert_frame_equal(here.table, there.table, rtol=1e-5, atol=1e-5)
+    assert there.counts["malformed"].tolist() == [1]
+
+
+def test_a_run_goes_on_with_another_engine(cluster, config, tmp_path, monkeypatch) -> None:
+    whole = screen.run(config(), tmp_path / "whole")
+    real = screen._engine
+
+    def cut(*args):
+        for n, one in enumerate(real(*args)):
+            if n == 2:
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(screen, "_engine", cut)
+    with pytest.raises(KeyboardInterrupt):
+        screen.run(config(), tmp_path / "run")
+    monkeypatch.setattr(screen, "_engine", real)
+    result = screen.run(config(engine="ray"), tmp_path / "run")
+    same(whole.rows["data"], result.rows["data"])
+    spent = json.loads((tmp_path / "run" / "result.json").read_text())["spent in this start"]
+    assert spent["shards_found"] == 3
+
+
+def test_an_address_without_a_cluster_is_said() -> None:
+    class Nobody:
+        @staticmethod
+        def init(**_) -> None:
+            raise ConnectionError("Could not find a running Ray instance")
+
+    with pytest.raises(UserError, match=r"no Ray cluster at 10\.0\.0\.1:6379"):
+        ray_cluster._connect(Nobody, "10.0.0.1:6379", 2)
+
+
+def test_ray_is_not_imported_unless_asked_for_and_reports_nothing() -> None:
+    code = (
+        "import os, sys, pvsae.stages.screen, pvsae.screening.ray_cluster as r; assert 'ray' not in sys.modules; "
+        "r._ray(); assert 'ray' in sys.modules; "
+        "from ray._private.usage.usage_lib import usage_stats_enabled; print(usage_stats_enabled())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_USAGE_STATS_ENABLED"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
