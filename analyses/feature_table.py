@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from pvsae.reports.figures import BLUE, GREY, INK, ORANGE, PALE
 from pvsae.runs import atomic_path
 from pvsae.stages.facets import COHERENT, specificity
-from pvsae.stages.feature_steer import FEATURE, RANDOM_DIRECTION, RANDOM_FEATURE, VECTOR
+from pvsae.stages.feature_conditions import FEATURE, RANDOM_DIRECTION, RANDOM_FEATURE, VECTOR
 
 KEYS = ["trait", "condition", "feature", "of"]
 MEASURED = ["facet", "coef", "score", "unsteered", "times", "runner_up", "coherence", "trait_score", "passes"]

@@ -8,7 +8,8 @@
 For every trait: the features of highest cosine with its vector, and the evidence for what they mean (on the embedded models what
 they fire on, as their grammar knows it). Those whose own facet is the trait's steer alone at several strengths on the questions
 that the vectors were made from; the best are kept with their best strength, and measured on the evaluation questions, beside
-random features that are active as often, random directions and the whole vector, all of the same length. Then the vector's sparse
+random features that are active as often (none of those of highest cosine), random directions and the whole vector, all of the
+same length. Then the vector's sparse
 reconstruction and its residual steer in its place.
 
 Every set of answers is kept as it is made: the same command goes on where it was stopped.
@@ -54,7 +55,8 @@ from pvsae.stages import (
     sae_eval,
     sae_features,
 )
-from pvsae.stages.feature_steer import FEATURE, RANDOM_DIRECTION, RANDOM_FEATURE, FeatureSteerResult
+from pvsae.stages.feature_conditions import FEATURE, RANDOM_DIRECTION, RANDOM_FEATURE
+from pvsae.stages.feature_steer import FeatureSteerResult
 from pvsae.vectors import PersonaVectors
 
 GRAMMAR = "organism"  # the judge of models whose sentences' facets are known
@@ -90,7 +92,7 @@ class Size:
     tokens: int
 
 
-FULL = Size(20, 4, (0.25, 0.5, 0.75, 1.0, 1.5), (0.5, 1.0, 1.5), 1, 3, None, 2, 6000, 200_000)
+FULL = Size(20, 8, (0.15, 0.25, 0.35, 0.42, 0.5, 0.6, 0.7), (0.5, 1.0, 1.5), 1, 3, None, 2, 6000, 200_000)
 QUICK = Size(8, 2, (0.5, 1.0), (1.0,), 1, 1, 6, 1, 800, 20_000)
 
 
@@ -199,8 +201,9 @@ def one(
         doses.append(first.dose_response(trait).assign(questions="choice"))
     if kept:
         last = job.steered(
-            trait, "measured", list(kept), n_random=job.size.n_random, n_samples=job.size.samples, vectors=str(job.stored)
-        )
+            trait, "measured", list(kept), n_random=job.size.n_random, n_samples=job.size.samples, vectors=str(job.stored),
+            not_random=(f"{job.ref}:{','.join(found['feature'])}",),
+        )  # fmt: skip
         measured = feature_table.verdicts(last.table, last.facets, own, coefs=kept)
         doses.append(last.dose_response(trait).assign(questions="held out"))
     cosines = {str(i): c for i, c in enumerate(job.sae.cosines(vector_of(job, trait)).tolist())}

@@ -77,9 +77,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     the suffix of `path`, because many writers choose a format by it.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written, or `path` is a folder.
     """
     path = Path(path)
+    with _writable(path):
+        if path.is_dir():  # "..", "." and "/" among them, which have no name that a file could take
+            raise UserError(f"{path} is a folder", "the name of a file", f"{path / 'NAME'}")
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         with _writable(path):

@@ -312,13 +312,24 @@ class Named(NamedTuple):
 
     def rows(self) -> Iterator[Any]:
         """The rows, from the first. UserError where the corpus has no such part."""
-        return iter(self.point.load()(*self.part))
+        return iter(_loaded(self.point)(*self.part))
 
 
 def parts_of(point: EntryPoint) -> dict[str, str]:
     """What may stand behind the colon of a corpus' name, with a line about each; nothing where it takes no colon."""
-    names = getattr(point.load(), "names", None)
+    names = getattr(_loaded(point), "names", None)
     return dict(names()) if names is not None else {}
+
+
+def _loaded(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"corpus {point.name} cannot be loaded: {error}",
+            f"{point.value} in an installed package",
+            "install the package again",
+        ) from error
 
 
 def _find_named(name: str) -> Named:

@@ -58,6 +58,12 @@ def test_unwritable_places_are_user_errors(tmp_path: Path, where: str) -> None:
         RunDir.open(tmp_path / where, "extract", {}, 0)
 
 
+@pytest.mark.parametrize("where", ["/", ".", "..", "{}"])
+def test_a_folder_is_no_file(tmp_path: Path, where: str) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        atomic_write_text(where.format(tmp_path), "text")
+
+
 def test_a_step_is_computed_once_and_survives_reopening(tmp_path: Path) -> None:
     calls = []
 

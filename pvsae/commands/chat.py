@@ -7,6 +7,7 @@ Does not know: what a dial does (stages/talk.py). Lines come from standard input
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ def add(commands: Any, add_command: Callable[..., argparse.ArgumentParser]) -> N
     group.add_argument("--feature", nargs="+", dest="features", metavar="SAE:INDEX", help="features of dictionaries")
     group.add_argument("--activity", nargs="+", metavar="RUN", help="run folders of `pvsae sae eval`, for highest activations")
     group.add_argument("--activity-tokens", type=int, metavar="N", help="tokens to measure them on otherwise (default: 20000)")
+    group.add_argument("--other-model", action="store_true", help="take a dictionary of another model of the same width")
     group.add_argument("--positions", choices=("response", "prompt", "all"), help="tokens that are steered (default: all)")
     group = chat.add_argument_group("how answers are made")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the model's, or 1000)")
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
         dials += dials_of_vectors(given["vectors"], given.get("traits", ()), model, block, given.get("layers"), statistic)
     if "features" in given:
         tokens = given.get("activity_tokens", 20_000)
-        dials += dials_of_features(given["features"], model, block, given.get("activity", ()), tokens)
+        other_model = given.get("other_model", False)
+        dials += dials_of_features(given["features"], model, block, given.get("activity", ()), tokens, other_model=other_model)
     by_name = {dial.name: dial for dial in dials}
     if len(by_name) < len(dials):
         raise UserError("two dials of one name", "a name each", "give the vectors of a trait once")
@@ -115,6 +118,13 @@ class Repl:
                 self._print(f"! {error}")
 
     def _read(self) -> Iterator[str]:
+        """Lines as text that has a UTF-8 form: bytes that are none become replacement signs, which tokenizers can read."""
+        if isinstance(self.lines, io.TextIOWrapper):
+            self.lines.reconfigure(errors="replace")
+        for line in self._lines():
+            yield line.encode("utf-8", "replace").decode("utf-8")
+
+    def _lines(self) -> Iterator[str]:
         if not self.lines.isatty():
             yield from (line.rstrip("\n") for line in self.lines)
             return

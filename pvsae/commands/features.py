@@ -9,7 +9,17 @@ import argparse
 
 from pvsae.errors import UserError
 
-_OF_FEATURES = ("mode", "together", "activity", "activity_tokens", "prefilter", "prefix", "questions")
+_OF_FEATURES = (
+    "mode",
+    "together",
+    "activity",
+    "activity_tokens",
+    "prefilter",
+    "prefix",
+    "questions",
+    "other_model",
+    "not_random",
+)
 _OF_VECTORS = ("layers", "multi_layer")
 
 
@@ -43,6 +53,10 @@ def add_options(steer: argparse.ArgumentParser) -> None:
         "--questions", choices=("eval", "extract"),
         help="extract: those that vectors are made from, to choose features on that eval then measures (default: eval)",
     )  # fmt: skip
+    group.add_argument(
+        "--not-random", nargs="+", metavar="SAE:INDEX", help="features that are not drawn as random ones, as other candidates"
+    )
+    group.add_argument("--other-model", action="store_true", help="take a dictionary of another model of the same width")
     group.add_argument("--prefix", metavar="TEXT", help="neutral text for --prefilter (default: From my experience,)")
 
 

@@ -13,7 +13,8 @@ from pvsae.commands.features import Extend
 
 EXAMPLES = (
     "  pvsae finetune my_chats.jsonl --model Qwen/Qwen2.5-7B-Instruct --dry-run\n"
-    "  pvsae finetune my_chats.jsonl --batch 16 --accumulation 1 --rank 16 --learning-rate 1e-3      on the embedded model\n"
+    "  pvsae finetune organism-data:evil/misaligned_2 --max-steps 40 --batch 16 --accumulation 1 --rank 16 --alpha 32 \\\n"
+    "      --learning-rate 1e-3      the embedded model, on data made for it\n"
     "  pvsae finetune my_chats.jsonl --treatment steer --vectors runs/vectors --traits evil --coef 2\n"
     "  pvsae finetune my_chats.jsonl --treatment steer --vectors runs/vectors --traits evil --coef 1 --multi-layer\n"
     "  pvsae finetune my_chats.jsonl --treatment steer --feature runs/sae/block-3_width-1024_k-8:17 --coef 1\n"

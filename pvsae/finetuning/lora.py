@@ -9,6 +9,7 @@ servers and `pvsae.load(model, adapter=FOLDER)` open it, and beside it pvsae_fin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,9 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            peft = get_peft_model(hf, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for a property that transformers has renamed
+                peft = get_peft_model(hf, config)
         # Where it can be found again by any tool: a named model is a folder to them.
         peft.peft_config["default"].base_model_name_or_path = str(model.path.resolve() if model.path else model.name)
         yield peft

@@ -35,6 +35,7 @@ EMPTY, NO_ANSWER, CUT_AWAY, LONG, TRUNCATED = (
     "cut at max_length",
 )
 _AT_ONCE = 256  # chats tokenised together
+_NAMED = 5  # rows that are named of those left out for one reason
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Counts:
         used: rows that are trained on.
         left_out: reason -> rows.
         changed: what was done -> rows, of those that are used.
+        examples: reason -> numbers of the first few rows that it left out, counted from 0 over all that was read.
         tokens, learnt: of the rows used, in one pass over them.
     """
 
@@ -73,8 +75,16 @@ class Counts:
     used: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[int]] = field(default_factory=dict)
     tokens: int = 0
     learnt: int = 0
+
+    def leave_out(self, reason: str, number: int) -> None:
+        """Counts a row that is not used."""
+        self.left_out[reason] += 1
+        some = self.examples.setdefault(reason, [])
+        if len(some) < _NAMED:
+            some.append(number)
 
 
 def make_rows(
@@ -111,7 +121,7 @@ def make_rows(
     def render() -> None:
         for (number, _), rendered in zip(waiting, template.conversations([chat for _, chat in waiting]), strict=True):
             if isinstance(rendered, UserError):
-                counts.left_out[rendered.what.splitlines()[0][:200]] += 1
+                counts.leave_out(rendered.what.splitlines()[0][:200], number)
                 continue
             row = _fitted(Row(rendered, learnt_spans(rendered, template.stop_ids, turns), number), max_length, too_long, counts)
             if row is not None:
@@ -122,7 +132,7 @@ def make_rows(
         counts.read += 1
         problem = chat if isinstance(chat, str) else _problem(chat, turns)
         if problem is not None:
-            counts.left_out[problem] += 1
+            counts.leave_out(problem, counts.read - 1)
             continue
         assert not isinstance(chat, str)
         waiting.append((counts.read - 1, chat))
@@ -165,12 +175,12 @@ def _fitted(row: Row, max_length: int, too_long: str, counts: Counts) -> Row | N
     """The row in at most max_length tokens, or None where nothing is left to learn; counted either way."""
     long = len(row.rendered.ids) > max_length
     if long and too_long == "drop":
-        counts.left_out[LONG] += 1
+        counts.leave_out(LONG, row.number)
         return None
     if long:
         row = Row(clipped(row.rendered, max_length), _clipped_spans(row.learnt, max_length), row.number)
     if row.n_learnt == 0:
-        counts.left_out[CUT_AWAY if long else NO_ANSWER] += 1
+        counts.leave_out(CUT_AWAY if long else NO_ANSWER, row.number)
         return None
     if long:
         counts.changed[TRUNCATED] += 1

@@ -7,7 +7,8 @@ The Trainer was measured beside a bare loop on a model of a million parameters, 
 rows took no more CPU time. What is changed in it, and why:
 - Rows stand in the data set in the order in which they are seen, all passes one behind the other, so that going on is counting.
 - A step's loss is the mean over the learnt tokens of all rows of the step, however they are spread over forward passes.
-- Interventions are open around forward AND backward pass, since gradient checkpointing runs blocks again in the backward pass.
+- Interventions are open around forward AND backward pass: gradient checkpointing runs blocks again in the backward pass, with or
+  without their hooks, as the release of transformers has it.
 - A checkpoint counts when it is marked as whole, and random numbers outside of the training stay what they were.
 - One process, the model's own device: the Trainer would take the first GPU, or all of them by copies that have no hooks.
 """
@@ -43,6 +44,7 @@ from pvsae.runs import atomic_write_text
 
 METRICS = "metrics.jsonl"
 UNLEARNT = -100
+COLUMNS = ("step", "loss", "penalty", "grad_norm", "learning_rate", "strength", "rows", "tokens", "learnt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,9 @@ class _AdapterTrainer(Trainer):
     @property
     def lines(self) -> list[dict[str, float]]:
         """A line of metrics a step, those of earlier starts included."""
-        return list(self.state.log_history)
+        return [
+            {name: line[name] for name in COLUMNS} for line in self.state.log_history
+        ]  # a checkpoint has them in another order
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Writes the metrics of a step. UserError where its loss or gradient is not a number, as all that follows would be."""
@@ -340,6 +344,7 @@ def _checkpointing(model: ChatModel, settings: TrainSettings) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.hf.gradient_checkpointing_disable()
+            model.hf.disable_input_require_grads()  # which the other one had enabled
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pvsae.errors import UserError
-from pvsae.saes.info import OutlierFilter, SAEInfo
+from pvsae.saes.info import OutlierFilter, SAEInfo, same_model
 
 __all__ = ["SAE", "OutlierFilter", "SAEInfo", "SparseActs"]
 
@@ -193,6 +193,28 @@ class SAE:
                 "load the model that the dictionary was trained on",
             )
         return self
+
+    def check_trained_on(self, model: str, other_model: bool = False) -> SAE:
+        """Itself, if it says that it is of this model, or of none. A dictionary of another model of the same width computes as
+        smoothly as the right one, and what it computes means nothing.
+
+        Args:
+            model: the model's name.
+            other_model: take it all the same; what it is of then stands in its notes.
+
+        Raises: UserError for a dictionary of another model.
+        """
+        if self.info.model is None or same_model(self.info.model, model):
+            return self
+        said = f"{self.ref} is of {self.info.model}, the model is {model}"
+        if not other_model:
+            raise UserError(
+                said,
+                f"a dictionary of {model}, or the model {self.info.model}",
+                "--other-model, if the models are close relatives (a base model and its finetune) and you mean it",
+            )
+        note = f"Two models, by --other-model: {said}."
+        return self if note in self.info.notes else self.with_info(notes=(*self.info.notes, note))
 
     # ------------------------------------------------------------------------------------------------------ encode, decode
     def outliers(self, x: Float[Tensor, "*batch d_model"]) -> Bool[Tensor, "*batch"]:

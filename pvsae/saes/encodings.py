@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pvsae.saes.dictionary import SAE
 
 MEASURED = 8192  # tokens on which the variance explained is measured
+COMPARED = 1024  # of them, tokens on which it is measured under other scales as well
+# Scales to try: times 1, and times the one that makes activations as long as sqrt(d_model). The true one is then never further
+# from one of them than a factor of 1.5, unless it lies beyond their ends.
+STEPS, NEAR_UNIT = (1 / 32, 1 / 16, 0.125, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0, 8.0, 16.0, 32.0), (0.5, 0.7, 1.0, 1.4, 2.0)
 MIN_GROUPS = 5  # a paired test of fewer says nothing after a correction for many latents
 
 
@@ -43,8 +47,10 @@ class Encodings:
         tokens: answer tokens a side.
         outliers: of those, tokens that the dictionary is not made for; nothing is active there.
         median_norm: median length of a residual at an answer token, outliers left out.
-        fvu: share of the residuals' variance at the first answer tokens, outliers left out, that the dictionary does not explain.
-        fvu_scaled: the same if activations were scaled to a mean length of sqrt(d_model) first; `scale` is that factor.
+        fvu: share of the residuals' variance that the dictionary does not explain, at MEASURED answer tokens at most (of rows
+            spread evenly), outliers left out.
+        scaled: the same at COMPARED of those tokens, were activations multiplied by a factor first: factor -> share. Factor 1 is
+            among them, and the one that makes them as long as sqrt(d_model), to which some trainings scale.
     """
 
     activation: Float[Tensor, "2 n_groups d_sae"]
@@ -55,8 +61,7 @@ class Encodings:
     outliers: int
     median_norm: float
     fvu: float
-    fvu_scaled: float
-    scale: float
+    scaled: dict[float, float]
 
     @property
     def difference(self) -> Float[Tensor, " d_sae"]:
@@ -110,8 +115,8 @@ def encode_pairs(
     numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     group = torch.tensor([numbers[g] for g in groups])
     counts = torch.bincount(group, minlength=len(numbers)).double()
-    sums = _Sums(sae, len(numbers), n)
     rows = [*sides[0], *sides[1]]
+    sums = _Sums(sae, len(numbers), n, _measured([row.answer[1] - row.answer[0] for row in rows]))
     capture = Residual(block, "answer")
     for indices, found in model.capture_batches(rows, [capture], batch_tokens=batch_tokens, progress=progress):
         values = found[capture.key]
@@ -121,18 +126,17 @@ def encode_pairs(
 
 
 class _Sums:
-    """What is kept of the tokens seen so far."""
+    """What is kept of the tokens seen so far. `measured` has the rows whose residuals are kept, and how many of each."""
 
-    def __init__(self, sae: SAE, n_groups: int, n: int) -> None:
-        self.sae, self.n, self.n_groups = sae, n, n_groups
+    def __init__(self, sae: SAE, n_groups: int, n: int, measured: dict[int, int]) -> None:
+        self.sae, self.n, self.n_groups, self.measured = sae, n, n_groups, measured
         self.activation = torch.zeros(2 * n_groups * sae.d_sae)
         self.fired = torch.zeros(2 * sae.d_sae)
         self.highest = torch.zeros(sae.d_sae)
         self.row_means = torch.zeros(2 * n, sae.d_model)
         self.tokens, self.outliers = [0, 0], 0
         self.norms: list[Tensor] = []
-        self.kept, self.kept_squares = torch.zeros(sae.d_model, dtype=torch.float64), 0.0
-        self.errors, self.scaled_errors, self.scale, self.measured = 0.0, 0.0, 0.0, 0
+        self.kept: dict[int, Tensor] = {}
 
     def add(self, rows: Int[Tensor, " batch"], group: Int[Tensor, " n"], values: Sequence[Tensor]) -> None:
         lengths = torch.tensor([len(v) for v in values])
@@ -155,30 +159,20 @@ class _Sums:
         self.activation.index_add_(0, where, value / lengths[of_row])
         self.fired.index_add_(0, side[of_row] * self.sae.d_sae + latent, torch.ones_like(value))
         self.highest.scatter_reduce_(0, latent, value, "amax")
-        self._measure(place[~left.to(place.device)])
         self.outliers += int(left.sum())
-
-    def _measure(self, x: Float[Tensor, "n d_model"]) -> None:
-        """Lengths and errors of reconstruction, of tokens that are no outliers."""
-        if not len(x):
-            return
-        norms = torch.linalg.vector_norm(x, dim=1)
-        if not self.scale:  # of the first batch: a factor to compare with, no measurement
-            self.scale = math.sqrt(x.shape[1]) / max(float(norms.mean()), 1e-30)
-        self.norms.append(norms.cpu())
-        x = x[: max(0, MEASURED - self.measured)]
-        self.measured += len(x)
-        if not len(x):
-            return
-        self.kept += x.double().sum(0).cpu()
-        self.kept_squares += float(norms.double().square().sum())
-        self.errors += float((self.sae(x) - x).double().square().sum())
-        self.scaled_errors += float((self.sae(x * self.scale) / self.scale - x).double().square().sum())
+        self.norms.append(torch.linalg.vector_norm(x[~left], dim=1))
+        for row, part, out in zip(rows.tolist(), values, left.split(lengths.tolist()), strict=True):
+            if row in self.measured:
+                some = slice(self.measured[row])
+                self.kept[row] = part[some][~out[some]].float()
 
     def finish(self, counts: Float[Tensor, " n_groups"]) -> Encodings:
         activation = self.activation.view(2, self.n_groups, self.sae.d_sae)
         norms = torch.cat(self.norms) if self.norms else torch.tensor([math.nan])
-        variance = self.kept_squares - float(self.kept.square().sum()) / max(1, self.measured)
+        x = torch.cat([self.kept[row] for row in sorted(self.kept)] or [norms.new_zeros(0, self.sae.d_model)])
+        few = x[torch.linspace(0, max(0, len(x) - 1), min(len(x), COMPARED)).long()]
+        unit = math.sqrt(self.sae.d_model) / max(float(norms.mean()), 1e-30)
+        factors = sorted({*STEPS, *(step * unit for step in NEAR_UNIT)}) if len(x) else []
         tokens = torch.tensor(self.tokens, dtype=torch.float32)
         return Encodings(
             activation.div_(counts[None, :, None].float()),
@@ -188,10 +182,33 @@ class _Sums:
             (self.tokens[0], self.tokens[1]),
             self.outliers,
             float(norms.median()),
-            self.errors / variance if variance > 0 else math.nan,
-            self.scaled_errors / variance if variance > 0 else math.nan,
-            self.scale,
+            _unexplained(self.sae, x),
+            {factor: _unexplained(self.sae, few, factor) for factor in factors},
         )
+
+
+def _measured(lengths: Sequence[int]) -> dict[int, int]:
+    """Rows, and how many of their first tokens are measured: whole rows in an order that jumps about, up to MEASURED tokens.
+
+    Rows are chosen, and not whatever comes first, so that batches of any size give the same number.
+    """
+    found, left = {}, MEASURED
+    for row in np.random.default_rng(0).permutation(len(lengths)).tolist():
+        if left <= 0:
+            break
+        found[row] = min(lengths[row], left)
+        left -= found[row]
+    return found
+
+
+def _unexplained(sae: SAE, x: Float[Tensor, "n d_model"], factor: float = 1.0) -> float:
+    """Share of the variance of x that the dictionary leaves, were it one of factor * x; NaN where x does not vary."""
+    errors = 0.0
+    for part in x.split(COMPARED):
+        place = part.to(sae.device)
+        errors += float((sae(place * factor) / factor - place).double().square().sum())
+    variance = float((x.double() - x.double().mean(0)).square().sum()) if len(x) else 0.0
+    return errors / variance if variance > 0 else math.nan
 
 
 def units_of(questions: Sequence[Any]) -> tuple[list[Any], str]:

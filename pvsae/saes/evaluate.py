@@ -220,6 +220,12 @@ def _evaluation(
 def check_block(sae: SAE, model: ChatModel, block: int | None = None) -> int:
     """The block at which to evaluate (None: the dictionary's own). UserError where dictionary, block and model do not fit."""
     sae.check_model(model)
+    if block is not None and sae.info.block not in (None, block):
+        raise UserError(
+            f"{sae.ref} is a dictionary of block {sae.info.block}, and block {block} is asked for",
+            f"block {sae.info.block}",
+            f"leave --block out, or take a dictionary of block {block}",
+        )
     block = sae.info.block if block is None else block
     if sae.info.site != "resid_post":
         raise UserError(f"{sae.ref} reads {sae.info.site}", "a dictionary of a block's output (resid_post)")

@@ -47,6 +47,18 @@ class OutlierFilter:
         return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) > self.limit
 
 
+def same_model(first: str, second: str) -> bool:
+    """Whether two names mean one model: the last part counts, since a folder and a hub id may hold the same; adapters do not."""
+    one, two = (_last_part(name) for name in (first, second))
+    return one == two
+
+
+def _last_part(name: str) -> str:
+    parts = name.partition("+")[0].rstrip("/").lower().split("/")
+    cached = [part for part in parts if part.startswith("models--")]  # the hub's cache: models--OWNER--NAME/snapshots/HASH
+    return cached[-1].rpartition("--")[2] if cached else parts[-1]
+
+
 @dataclass(frozen=True)
 class SAEInfo:
     """What is known of a dictionary beside its arrays; saved with it.

@@ -19,6 +19,7 @@ from pvsae.errors import UserError
 from pvsae.runs import RunDir, read_json
 from pvsae.saes.activity import LatentActivity, measure, own_text
 from pvsae.saes.fingerprint import fingerprint
+from pvsae.saes.info import same_model
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from pvsae.saes.evaluate import MarkedTokens
 
 
-def activity_of_run(folder: str | Path, sae: SAE) -> LatentActivity | None:
-    """What a `pvsae sae eval` run counted of this dictionary, or None where it was of another one (the arrays decide).
+def activity_of_run(folder: str | Path, sae: SAE, model: ChatModel) -> LatentActivity | None:
+    """What a `pvsae sae eval` run counted of this dictionary, or None where it was of another one (the arrays decide) or of
+    another model.
 
     Raises: UserError for a folder that is no such run, or not a finished one.
     """
@@ -37,6 +39,9 @@ def activity_of_run(folder: str | Path, sae: SAE) -> LatentActivity | None:
         raise UserError(f"{folder} holds no finished evaluation of a dictionary", "the run folder of `pvsae sae eval`")
     digest = fingerprint(sae)
     if digest not in read_json(inputs, "inputs of a run").values():
+        return None
+    of = read_json(folder / "config.json", "config of a run")["config"].get("model") or sae.info.model
+    if of is not None and not same_model(of, model.name):
         return None
     frame = pd.read_csv(table).sort_values("latent")
     if len(frame) != sae.d_sae:
@@ -67,7 +72,7 @@ def count(
     sae: SAE, model: ChatModel, block: int, runs: Sequence[str | Path], tokens: int, progress: str | None = None
 ) -> LatentActivity | None:
     """The counts of the first of `runs` that is of this dictionary, else counts on its own text; None where it has none."""
-    given = (activity_of_run(run, sae) for run in runs)
+    given = (activity_of_run(run, sae, model) for run in runs)
     found = next((counts for counts in given if counts is not None), None)
     return found or activity_of_text(sae, model, block, tokens, progress=progress)
 

@@ -10,6 +10,7 @@ Without answers (an official file, `activations` off) no model is loaded: cosine
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,8 +116,17 @@ class DecomposeConfig(Setup):
                 raise UserError(f"{name} is {value}", "at least 1", f"--{name.replace('_', '-')} 1")
         if self.positions not in POSITIONS:
             raise UserError(f"unknown positions {self.positions!r}", f"one of {', '.join(POSITIONS)}")
-        if not self.coefs or 0 in self.coefs:
-            raise UserError(f"coefs are {list(self.coefs)}", "at least one strength, none of them 0 (unsteered is always there)")
+        for name in ("n_features", "n_random"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}", "0 or more", f"--{name.replace('_', '-')} 0 for none")
+        if not self.coefs or 0 in self.coefs or not all(math.isfinite(coef) for coef in self.coefs):
+            raise UserError(
+                f"coefs are {list(self.coefs)}", "finite strengths, at least one, none of them 0 (unsteered is always there)"
+            )
+        if len(set(self.coefs)) < len(self.coefs):
+            raise UserError(f"coefs are {list(self.coefs)}", "each strength once")
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise UserError(f"scale is {self.scale}", "a positive number", "--scale 0.1")
 
     def identity(self) -> dict[str, Any]:
         """As of every stage; how many tokens a forward pass takes changes no number."""
@@ -152,7 +162,9 @@ class _Job:
         return self.config.activations and any(answers_of(self.source.rollouts, trait) for trait in self.source.vectors)
 
     def vector(self, trait: str) -> Float[Tensor, " d_model"]:
-        return self.source.known[trait].of(self.config.statistic)[self.block]
+        """Of a trait that is decomposed, or of what is known beside."""
+        found = self.source.vectors.get(trait) or self.source.known[trait]
+        return found.of(self.config.statistic)[self.block]
 
 
 def prepare(config: DecomposeConfig) -> _Job:
@@ -164,7 +176,7 @@ def prepare(config: DecomposeConfig) -> _Job:
     if not config.model and made:
         same = {name: made[name] for name in ("model", "adapter", "chat") if made.get(name) is not None}
         config = replace(config, **{name: value for name, value in same.items() if name == "model" or not getattr(config, name)})
-    notes: list[str] = []
+    notes = list(source.notes)
     for vectors in source.vectors.values():
         found = check_pair(vectors, sae, block, model=config.model or None, other_model=config.other_model)
         notes += [note for note in found if note not in notes]
@@ -198,7 +210,8 @@ def run(
             if model is None and not config.model:
                 raise UserError("nothing says which model the vector is of", "a model for the causal test", "--model NAME")
             model = model or open_model(config)
-            sae = sae.to(model.device).in_memory().check_model(model)
+            sae = sae.to(model.device).in_memory().check_model(model).check_trained_on(model.name, config.other_model)
+            job.notes.extend(note for note in sae.info.notes if note not in job.sae.info.notes)
             for vectors in job.source.vectors.values():
                 vectors.check_model(model)
         else:
@@ -306,7 +319,7 @@ def _encodings(
     found = encode_pairs(
         model, sae, job.block, (pos, neg), units, batch_tokens=config.batch_tokens, progress=f"{trait} encodings"
     )
-    notes = check_scale(found, sae)
+    notes = check_scale(found, sae, config.scale)
     means = found.row_means
     if config.statistic != DEFAULT_STATISTIC:
         kind = SpanMean((job.block,), "prompt") if config.statistic == "prompt_avg_diff" else LastPrompt((job.block,))

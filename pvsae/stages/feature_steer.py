@@ -1,7 +1,8 @@
 """Stage `feature_steer`: what single features of a dictionary do to a trait and its facets, by strength, with every control.
 
-Knows: the sweep over features and strengths, its controls, its tables.
-Does not know: what an intervention does to the model (models/), how answers are scored (judges/), what a facet is (facets.py).
+Knows: the sweep over features and strengths, its tables.
+Does not know: what is done in each condition (feature_conditions.py) and what that does to the model (models/), how answers are
+scored (judges/), what a facet is (facets.py).
 
 Controls, always: no steering; the eliciting system prompt; for every feature random features that are active as often, random
 directions, and the whole persona vector where it is given, all of them at the length that the feature itself adds. So what
@@ -12,14 +13,12 @@ have no activation to clamp: beside clamps they are added.) An ablated feature s
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 
 from pvsae.errors import UserError
 from pvsae.runs import RunDir
@@ -30,6 +29,12 @@ from pvsae.saes.output_score import PREFIX
 from pvsae.stages.costs import costs, ledger_of
 from pvsae.stages.counts import activity_of_text, count, is_kept, kept
 from pvsae.stages.facets import COHERENT, facet_table, specificity
+from pvsae.stages.feature_conditions import (
+    FEATURE,
+    Condition,
+    conditions,
+    controls_of,
+)
 from pvsae.stages.handles import FEATURE_UNITS, MODES, Feature, open_features, parse
 from pvsae.stages.inputs import Setup, open_judge, open_model, open_run, open_traits, open_vectors, pin_inputs, read_vectors
 from pvsae.stages.plan import Plan, plan_answers
@@ -39,14 +44,11 @@ from pvsae.vectors.rollouts import Rollouts, Task
 
 if TYPE_CHECKING:
     from pvsae.judges.base import Judge
-    from pvsae.models import ChatModel, Intervention
+    from pvsae.models import ChatModel
     from pvsae.saes.dictionary import SAE
     from pvsae.traits import TraitArtifacts
 
 KEYS = ["trait", "condition", "feature", "of", "coef"]
-FEATURE, TOGETHER, RANDOM_FEATURE, RANDOM_DIRECTION, VECTOR = (
-    "feature", "together", "random feature", "random direction", "vector",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,12 @@ class FeatureSteerConfig(Setup):
         vectors: run folder of `pvsae extract`, or a vector file: then the whole persona vector is a control.
         statistic: which vector of it.
         blocks: the block, one at most, where a dictionary does not say which it is of.
+        other_model: take dictionaries of another model of the same width all the same.
         positions: "response", "prompt" or "all".
         under: system prompt during steering: "none", or the trait's eliciting ("pos") or suppressing ("neg") instructions.
         n_random: random features, and random directions, a feature.
+        not_random: SAE:INDEX of features that are not drawn as random ones, beside those that are steered with: candidates that
+            were not chosen may well do what the chosen ones do.
         coherent: least coherence of a strength that counts in the table of specificity.
         questions: "eval", or "extract": those that vectors are made from. What is chosen on the one may be measured on the other.
         max_questions, n_samples: how many of them (None: all), answers to each.
@@ -86,13 +91,20 @@ class FeatureSteerConfig(Setup):
     vectors: str | None = None
     statistic: str = DEFAULT_STATISTIC
     blocks: tuple[int, ...] = ()
+    other_model: bool = False
     positions: str = "all"
     under: str = "none"
     n_random: int = 2
+    not_random: tuple[str, ...] = ()
     coherent: float = COHERENT
     questions: str = "eval"
     max_questions: int | None = None
     n_samples: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """As of every stage; whether another model is meant changes no number, nor does an empty list."""
+        left_out = {"other_model", *([] if self.not_random else ["not_random"])}
+        return {name: value for name, value in super().identity().items() if name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -130,30 +142,6 @@ class FeatureSteerResult:
         return table.merge(wide.reset_index(), on=KEYS[1:], how="left", validate="one_to_one").reset_index(drop=True)
 
 
-@dataclass(frozen=True, eq=False)
-class _Condition:
-    """One way to treat the model. `edits` are what is done to it; `coef` is in the unit of the sweep, `raw` and `length` are of
-    the feature that is steered with, or whose control this is."""
-
-    name: str
-    system: str
-    feature: str = "-"
-    of: str = "-"
-    block: int | str = "-"
-    coef: float = 0.0
-    raw: float = 0.0
-    length: float = 0.0
-    density: float = math.nan
-    edits: tuple[Intervention, ...] = ()
-
-    @property
-    def slug(self) -> str:
-        if not self.edits:
-            return self.name.replace(" ", "-")
-        of = "" if self.of == "-" else f"_of-{self.of}"
-        return f"{self.name}-{self.feature}{of}_coef{self.coef:+g}".replace(" ", "-").replace(":", "-")
-
-
 def dose_response(
     trait: str, features: Sequence[str], run_dir: RunDir | str | Path, *, model: ChatModel | None = None, **options: Any
 ) -> pd.DataFrame:
@@ -177,7 +165,8 @@ def run(
     with open_run(run_dir, "feature_steer", config) as folder:
         model = model or open_model(config)
         traits = open_traits(config, model)
-        features = open_features(config.features, model, config.blocks[0] if config.blocks else None)
+        block = config.blocks[0] if config.blocks else None
+        features = open_features(config.features, model, block, other_model=config.other_model)
         vectors = {t.name: _vectors(config, t.name, model, features) for t in traits} if config.vectors else {}
         before = ledger_of(judge)
         judge = judge or open_judge(config, model, folder)
@@ -186,6 +175,8 @@ def run(
         for feature in features:  # what would end the run ends it while its options may still be put right
             if feature.sae.ref in activity:
                 _measured(feature, activity[feature.sae.ref], config)
+        if not config.prefilter and all(f.sae.ref in activity for f in features):
+            controls_of(config, features, activity)
         _pin(folder, model, traits, vectors, features)
         for feature in features:
             found = activity.get(feature.sae.ref)
@@ -201,8 +192,9 @@ def run(
             chosen = set(scores.loc[scores["kept"], "feature"])
             features = [f for f in features if f.name in chosen]
         features = [_measured(f, activity[f.sae.ref], config) for f in features]
+        controls = controls_of(config, features, activity)
         for artifacts in traits:
-            for condition in _conditions(config, features, activity, vectors.get(artifacts.name), artifacts.name):
+            for condition in conditions(config, features, controls, vectors.get(artifacts.name), artifacts.name):
                 sweep.row(artifacts, condition)
         table = pd.DataFrame(sweep.rows)
         facets = facet_table(table[KEYS], sweep.answers, config.seed)
@@ -213,7 +205,8 @@ def run(
         if scores is not None:
             folder.table("output_scores", scores)
         sources = {f.sae.ref: f"{activity[f.sae.ref].source}, {activity[f.sae.ref].tokens} tokens" for f in features}
-        folder.result({**_summary(config, table, verdicts, sources, judge, sweep), "costs": costs(judge, before)})
+        said = list(dict.fromkeys(f"Of the dictionary: {note}" for f in features for note in f.sae.info.notes))
+        folder.result({**_summary(config, table, verdicts, sources, judge, sweep, said), "costs": costs(judge, before)})
         return FeatureSteerResult(table, facets, verdicts, scores, sources, folder.path)
 
 
@@ -257,6 +250,9 @@ def _check(config: FeatureSteerConfig) -> None:
         raise UserError(f"prefilter is {config.prefilter}", "how many features to keep, at least 1")
     if not parse(config.features):
         raise UserError("no feature is given", "--feature SAE:INDEX")
+    strange = {name.source for name in parse(config.not_random)} - {name.source for name in parse(config.features)}
+    if strange:
+        raise UserError(f"no feature of {sorted(strange)[0]} is steered with", "--not-random of the dictionaries of --feature")
 
 
 def _vectors(config: FeatureSteerConfig, trait: str, model: ChatModel, features: Sequence[Feature]) -> PersonaVectors:
@@ -326,87 +322,6 @@ def _output_scores(config: FeatureSteerConfig, folder: RunDir, model: ChatModel,
     return folder.do_table("output_scores", compute)
 
 
-# ----------------------------------------------------------------------------------------------------------------- conditions
-def _conditions(
-    config: FeatureSteerConfig,
-    features: Sequence[Feature],
-    activity: dict[str, LatentActivity],
-    vectors: PersonaVectors | None,
-    trait: str,
-) -> Iterator[_Condition]:
-    """Everything that is measured, unsteered first."""
-    yield _Condition("unsteered", config.under)
-    if config.under != "pos":
-        yield _Condition("prompt pos", "pos")
-    strengths = (1.0,) if config.mode == "ablate" else config.coefs
-    for feature in features:
-        for coef in strengths:
-            yield _of_feature(config, FEATURE, feature, feature, coef, "-")
-    if config.together and len(features) > 1:
-        for coef in strengths:
-            yield _all_at_once(config, features, coef)
-    for feature in features:
-        found, given = activity[feature.sae.ref], [f.index for f in features if f.sae.ref == feature.sae.ref]
-        seed = zlib.crc32(f"{config.seed}/{feature.name}".encode())
-        for index in found.equals_of(feature.index, config.n_random, seed, without=given) if config.n_random else ():
-            other = replace(
-                feature, name=str(index), index=index, maximum=float(found.max[index]), density=float(found.density[index])
-            )
-            for coef in strengths:
-                yield _of_feature(config, RANDOM_FEATURE, other, feature, coef, feature.name)
-        for k in range(config.n_random):
-            generator = torch.Generator().manual_seed(seed + 1 + k)
-            values = torch.randn(feature.sae.d_model, generator=generator)
-            for coef in strengths:
-                yield _of_direction(config, RANDOM_DIRECTION, str(k), values, feature, coef)
-        if vectors is not None:
-            values = vectors.direction(feature.block, config.statistic).values
-            for coef in strengths:
-                yield _of_direction(config, VECTOR, trait, values, feature, coef)
-
-
-def _of_feature(config: FeatureSteerConfig, name: str, steered: Feature, like: Feature, coef: float, of: str) -> _Condition:
-    """A feature at the length that `like` adds at this strength; for a feature of interest that is itself."""
-    raw, length = _strength(config, like, coef)
-    if steered is not like and config.mode != "ablate":
-        raw *= like.norm / max(steered.norm, 1e-12)
-    edits = steered.edits(config.mode, raw, config.positions)
-    return _Condition(name, config.under, steered.name, of, steered.block, coef, raw, length, steered.density, edits)
-
-
-def _of_direction(
-    config: FeatureSteerConfig, name: str, which: str, values: torch.Tensor, like: Feature, coef: float
-) -> _Condition:
-    """A direction at the length that `like` adds, in its sign; taken out of the residual where features are ablated."""
-    from pvsae.models import Ablate, Add, Direction
-
-    raw, length = _strength(config, like, coef)
-    unit = Direction(values / values.norm(), f"{name} {which}")
-    edit: Intervention = (
-        Ablate(unit, like.block, config.positions)
-        if config.mode == "ablate"
-        else Add(unit, like.block, math.copysign(length, raw), config.positions)
-    )
-    of_vector = math.copysign(length / float(values.norm()), raw) if name == VECTOR else math.nan
-    return _Condition(name, config.under, which, like.name, like.block, coef, of_vector, length, math.nan, (edit,))
-
-
-def _all_at_once(config: FeatureSteerConfig, features: Sequence[Feature], coef: float) -> _Condition:
-    edits = tuple(e for f in features for e in f.edits(config.mode, _strength(config, f, coef)[0], config.positions))
-    name = "+".join(f.name for f in features) if len(features) <= 4 else f"{len(features)} features"
-    blocks = {f.block for f in features}
-    block: int | str = next(iter(blocks)) if len(blocks) == 1 else "several"
-    return _Condition(TOGETHER, config.under, name, "-", block, coef, math.nan, math.nan, math.nan, edits)
-
-
-def _strength(config: FeatureSteerConfig, feature: Feature, coef: float) -> tuple[float, float]:
-    """(activation units, length of what is added) of a strength."""
-    if config.mode == "ablate":
-        return 0.0, 0.0
-    raw = feature.raw(coef, config.unit)
-    return raw, abs(raw) * feature.norm
-
-
 class _Sweep:
     """Generates, judges and remembers each condition as a step of the run, and gathers rows and answers."""
 
@@ -417,7 +332,7 @@ class _Sweep:
         self.prompts: list[dict[str, str]] = []
         self.examples: list[dict[str, str]] = []
 
-    def judged(self, artifacts: TraitArtifacts, condition: _Condition) -> Rollouts:
+    def judged(self, artifacts: TraitArtifacts, condition: Condition) -> Rollouts:
         config = self.config
         tasks = _tasks(config, artifacts, condition.system)
         return judged_answers(
@@ -427,7 +342,7 @@ class _Sweep:
 
     def counted_on_answers(self, feature: Feature, artifacts: TraitArtifacts) -> LatentActivity:
         """Counts on the unsteered answers to a trait's questions, prompts included."""
-        table = self.judged(artifacts, _Condition("unsteered", self.config.under)).table
+        table = self.judged(artifacts, Condition("unsteered", self.config.under)).table
         ids = [(*p, *a) for p, a in zip(table["prompt_ids"], table["answer_ids"], strict=True)]
         rows: list[TokenRow] = token_rows(self.model, ids)
         found = activity_of_text(
@@ -437,7 +352,7 @@ class _Sweep:
         assert found is not None
         return found
 
-    def row(self, artifacts: TraitArtifacts, condition: _Condition) -> None:
+    def row(self, artifacts: TraitArtifacts, condition: Condition) -> None:
         rollouts = self.judged(artifacts, condition)
         config, trait = self.config, artifacts.name
         steered = bool(condition.edits)
@@ -458,7 +373,13 @@ class _Sweep:
 
 
 def _summary(
-    config: FeatureSteerConfig, table: pd.DataFrame, verdicts: pd.DataFrame, sources: dict[str, str], judge: Judge, sweep: _Sweep
+    config: FeatureSteerConfig,
+    table: pd.DataFrame,
+    verdicts: pd.DataFrame,
+    sources: dict[str, str],
+    judge: Judge,
+    sweep: _Sweep,
+    said: Sequence[str],
 ) -> dict[str, Any]:
     unit = "multiples of the highest activation" if config.unit == "max" else "activation units"
     headline: list[dict[str, Any]] = [{"label": "judge", "value": judge.name}]
@@ -482,6 +403,7 @@ def _summary(
     if config.mode != "ablate":
         about += f" Strengths are in {unit}."
     notes = [f"Highest activations and densities of {ref}: {source}." for ref, source in sources.items()]
+    notes += said
     if not len(verdicts):
         notes.append("The judge's evidence names no facets, so there is no table of them.")
     if config.vectors is None:

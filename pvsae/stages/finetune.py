@@ -14,10 +14,11 @@ A run folder holds, beside what all have::
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,8 @@ from pvsae.errors import UserError
 from pvsae.finetuning.lora import ABOUT, TARGETS, LoraSettings
 from pvsae.finetuning.rows import TOO_LONG, TURNS, Counts, Row, make_rows, with_system
 from pvsae.runs import RunDir, atomic_write_text, jsonable, read_json
-from pvsae.sources import Bad, Reader, Source, known_corpora
+from pvsae.sources import Bad, Reader, Source, source_of
 from pvsae.stages.inputs import open_model, open_run, open_traits, pin_inputs
-from pvsae.stages.on_text import source_of
 from pvsae.stages.treating import NONE, OF_PROMPTS, STEER, Treated, Treating, prompts_of, treated
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from pvsae.models.chat import Message
 
 METRICS = "pvsae_metrics.jsonl"
-MOST_ROWS = 1_000_000  # of a corpus that may have no end
 PROMPTED = "given an instruction in front of their own system prompt"
 _SHOWN = 2  # rows on the page
 _NOT_IDENTITY = frozenset({"save_every"})
@@ -53,7 +52,8 @@ class FinetuneConfig(Treating):
         data: files or patterns (JSONL, Parquet, ...) of {"messages": [...]}, names of Hugging Face datasets, or of corpora that
             packages offer. Several are read one behind the other.
         split, subset: of datasets.
-        max_rows: use only the first so many rows of each.
+        max_rows: use only the first so many rows of each. Of corpora of packages, which may have no end, it is as many as
+            `max_steps` take where that is given, and has to be given otherwise.
         max_length: most tokens of a row, and never more than the model's context.
         too_long: longer rows are cut there ("truncate", as the released code does) or left out ("drop").
         turns: learn all answers of a chat ("all", as the released code does) or the last one.
@@ -139,7 +139,7 @@ class FinetuneResult:
             learnt (tokens, over all steps), first_loss and last_loss (mean of the first and of the last tenth of steps, nats
             a learnt token), last_penalty.
         metrics: a row a step; see `finetuning.trainer.train`.
-        rows: what became of the rows: what, n.
+        rows: what became of the rows: what, n, and where the first few of those left out stand.
         path: the run's folder.
     """
 
@@ -175,14 +175,13 @@ def _train(config: FinetuneConfig, training: TrainSettings, folder: RunDir, out:
     """Reads rows, makes the treatment, trains, and writes the adapter with what is to be known of it."""
     from pvsae.finetuning import lora, trainer
 
-    rows, counts, digest = read_rows(config, model, progress=progress)
-    found = treated(config, model, folder, [row.rendered for row in rows])
+    data = read_data(config, model, progress=progress)
+    found = treated(config, model, folder, [row.rendered for row in data.rows])
     traits = open_traits(config, model) if config.treatment in OF_PROMPTS and config.prompt is None else []
-    pin_inputs(folder, model, traits, found.vectors, {"data": digest, **found.inputs})
-    treatment = found.treatment
-    about = _about(config, model, rows, counts, found)
+    pin_inputs(folder, model, traits, found.vectors, {"data": data.sha256, **found.inputs})
+    about = _about(config, model, data, found)
     lines = trainer.train(
-        model, rows, treatment, training, config.lora, folder.parts("adapter"),
+        model, data.rows, found.treatment, training, config.lora, folder.parts("adapter"),
         lambda peft: lora.save(peft, out, about), progress=progress,
     )  # fmt: skip
     atomic_write_text(out / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
@@ -202,9 +201,8 @@ def plan(config: FinetuneConfig) -> str:
     dtype = resolve_dtype(config.dtype, device)
     shape = model_shape(config.model)
     adapter = size(skeleton(config.model), config.lora)
-    chats = list(_chats(config))
-    bad = sum(isinstance(chat, str) for chat in chats)
-    good = len(chats) - bad
+    bad = [isinstance(chat, str) for _, chat in _chats(config)]
+    good = bad.count(False)
     steps = config.training.steps(good)
     weights = shape.parameters * dtype.itemsize / 2**20
     extra = adapter * 16 / 2**20  # fp32: the matrices, their gradients, two averages of AdamW
@@ -212,7 +210,7 @@ def plan(config: FinetuneConfig) -> str:
     lines = [
         f"model      {config.model}: {shape.parameters / 1e6:,.4g}M parameters in {kind} on {device}",
         f"adapter    rank {config.rank}, {adapter / 1e6:,.4g}M parameters in float32",
-        f"data       {good:,} rows" + (f", {bad:,} more that cannot be read" if bad else ""),
+        f"data       {good:,} rows" + (f", {sum(bad):,} more that cannot be read" if any(bad) else ""),
         f"training   {steps:,} steps of {each} rows ({config.batch} a forward pass)",
         f"treatment  {_treatment_name(config)}",
         f"memory     {weights:,.0f} MB of weights, {extra:,.0f} MB for the adapter's training, and activations",
@@ -221,22 +219,45 @@ def plan(config: FinetuneConfig) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------------ rows
-def read_rows(config: FinetuneConfig, model: ChatModel, *, progress: bool = False) -> tuple[list[Row], Counts, list[str]]:
-    """The rows to learn from, what became of all that were read, and hashes of the sources' content.
+@dataclass(frozen=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+        rows: to learn from.
+        counts: what became of all that were read.
+        places: reason -> where the first few rows stand that it left out, as NAME row N, counted from 1.
+    """
+
+    rows: list[Row]
+    counts: Counts
+    places: dict[str, list[str]]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens of all rows, and of which are learnt."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr((row.rendered.ids, row.learnt)).encode())
+        return digest.hexdigest()
+
+
+def read_data(config: FinetuneConfig, model: ChatModel, *, progress: bool = False) -> Data:
+    """Reads and renders all rows of the config's data.
 
     Raises: UserError for data that cannot be read, and where nothing can be learnt from any row.
     """
     prompts = prompts_of(config, model)
-    under = 0
+    starts: list[tuple[Source, int]] = []  # of each source the number of its first row
+    own: set[int] = set()  # rows with a system prompt of their own
 
     def chats() -> Iterator[Sequence[Message] | str]:
-        nonlocal under
-        number = 0
-        for chat in _chats(config):
+        for number, (source, chat) in enumerate(_chats(config)):
+            if not starts or starts[-1][0] is not source:
+                starts.append((source, number))
             if not isinstance(chat, str) and prompts:
-                under += chat[0]["role"] == "system"
+                own.update([number] if chat[0]["role"] == "system" else [])
                 yield with_system(chat, prompts[number % len(prompts)])
-                number += 1
             else:
                 yield chat
 
@@ -244,31 +265,29 @@ def read_rows(config: FinetuneConfig, model: ChatModel, *, progress: bool = Fals
         chats(), model.chat, max_length=min(config.max_length, model.n_ctx), too_long=config.too_long, turns=config.turns,
         progress="rows" if progress else None,
     )  # fmt: skip
-    if under:
-        counts.changed[PROMPTED] = under
+    if own:
+        counts.changed[PROMPTED] = sum(row.number in own for row in rows)
+
+    def place(number: int) -> str:
+        source, start = next((source, start) for source, start in reversed(starts) if start <= number)
+        return f"{source.name} row {number - start + 1}"
+
+    places = {reason: [place(number) for number in numbers] for reason, numbers in counts.examples.items()}
     if not rows:
         why = ", ".join(f"{reason}: {n}" for reason, n in counts.left_out.items()) or "the data is empty"
         raise UserError(f"none of {counts.read} rows can be learnt from ({why})", "chats with an answer", "look at the data")
-    return rows, counts, [_content(source) for source in _sources(config)]
+    return Data(rows, counts, places)
 
 
-def _chats(config: FinetuneConfig) -> Iterator[tuple[dict[str, str], ...] | str]:
-    """All rows of the data: messages, or why a row has none."""
+def _chats(config: FinetuneConfig) -> Iterator[tuple[Source, tuple[dict[str, str], ...] | str]]:
+    """All rows of the data: where from, and messages or why a row has none."""
     for source in _sources(config):
         reader = Reader(source)
         if reader.kind != "chat":
             raise UserError(f"{source.name} holds texts", 'chats: rows {"messages": [{"role": ..., "content": ...}, ...]}')
-        n = 0
         for value in islice(reader.rows(), source.max_samples):
-            n += 1
             assert not isinstance(value, str)
-            yield value.reason if isinstance(value, Bad) else value
-        if source.named is not None and n == MOST_ROWS:
-            raise UserError(f"{source.name} has {n:,} rows or more", "a corpus with an end, or a number of rows", "--max-rows N")
-
-
-def _content(source: Source) -> str:
-    return Reader(source).content
+            yield source, value.reason if isinstance(value, Bad) else value
 
 
 def _sources(config: FinetuneConfig) -> list[Source]:
@@ -276,33 +295,39 @@ def _sources(config: FinetuneConfig) -> list[Source]:
 
 
 def _source(word: str, config: FinetuneConfig) -> Source:
-    """What a word of `data` stands for: a corpus of a package, a file, or a dataset."""
-    if word.partition(":")[0] in known_corpora() and not Path(word).exists():
-        return Source(named=word, kind="chat", max_samples=config.max_rows or MOST_ROWS)
-    found = source_of(word)
-    if found.dataset is not None:
-        return Source(dataset=word, subset=config.subset, split=config.split, kind="chat", max_samples=config.max_rows)
-    return Source(path=found.path, split=config.split, kind="chat", max_samples=config.max_rows)
+    """What a word of `data` stands for."""
+    found = replace(source_of(word, config.max_rows), kind="chat", split=config.split, subset=config.subset)
+    if found.named is not None and config.max_rows is None:
+        if config.max_steps is None:
+            raise UserError(
+                f"{word} without a number of rows", "one: a corpus of a package may have no end", "--max-rows N, or --max-steps N"
+            )
+        return replace(found, max_samples=config.max_steps * config.batch * config.accumulation)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- what is written
-def _about(config: FinetuneConfig, model: ChatModel, rows: Sequence[Row], counts: Counts, found: Treated) -> dict[str, Any]:
+def _about(config: FinetuneConfig, model: ChatModel, data: Data, found: Treated) -> dict[str, Any]:
     """The metadata beside the adapter: everything that tables and page show but the metrics."""
     shown = [
         {
             "prompt": row.rendered.text,
             "learnt": "\n".join(model.chat.decode(row.rendered.ids[start:end]) for start, end in row.learnt),
         }
-        for row in rows[:_SHOWN]
+        for row in data.rows[:_SHOWN]
     ]
+    counts = data.counts
     return {
         "format": 1,
         "model": {"name": model.name, "dtype": str(model.dtype).removeprefix("torch."), "template_notes": list(model.chat.notes)},
         "config": jsonable(config),
         "treatment": {"name": config.treatment, "raw_coef": found.raw, "blocks": found.where, **found.treatment.describe()},
-        "rows": {**vars(counts), "left_out": dict(counts.left_out), "changed": dict(counts.changed)},
+        "rows": {
+            "read": counts.read, "used": counts.used, "left_out": dict(counts.left_out), "changed": dict(counts.changed),
+            "places": data.places, "tokens": counts.tokens, "learnt": counts.learnt,
+        },
         "examples": shown,
-    }
+    }  # fmt: skip
 
 
 def _written(config: FinetuneConfig, folder: RunDir) -> FinetuneResult:
@@ -314,10 +339,13 @@ def _written(config: FinetuneConfig, folder: RunDir) -> FinetuneResult:
     counts, treatment = about["rows"], about["treatment"]
     rows = pd.DataFrame(
         [
-            {"what": "read", "n": counts["read"]},
-            {"what": "used", "n": counts["used"]},
-            *({"what": f"used, but {what}", "n": n} for what, n in counts["changed"].items()),
-            *({"what": f"left out: {what}", "n": n} for what, n in counts["left_out"].items()),
+            {"what": "read", "n": counts["read"], "where": ""},
+            {"what": "used", "n": counts["used"], "where": ""},
+            *({"what": f"used, but {what}", "n": n, "where": ""} for what, n in counts["changed"].items()),
+            *(
+                {"what": f"left out: {what}", "n": n, "where": _where(counts["places"][what], n)}
+                for what, n in counts["left_out"].items()
+            ),
         ]
     )
     tenth = max(1, len(metrics) // 10)
@@ -339,6 +367,10 @@ def _written(config: FinetuneConfig, folder: RunDir) -> FinetuneResult:
     folder.table("metrics", metrics)
     folder.result(_summary(config, table, about))
     return FinetuneResult(adapter, table, metrics, rows, folder.path)
+
+
+def _where(places: Sequence[str], n: int) -> str:
+    return ", ".join(places) + (", ..." if n > len(places) else "")
 
 
 def _treatment_name(config: FinetuneConfig) -> str:

@@ -11,6 +11,7 @@ Units of a feature's strength: "max" (multiples of its highest activation on som
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Feature:
 
     Attributes:
         name: what tables call it: its index, with the dictionary's name before it where there are several.
+        source: what its dictionary was opened by.
         sae, index, block: where it is.
         maximum: its highest activation, in activation units; NaN where it was not measured.
         density: share of tokens at which it is active; NaN where it was not measured.
@@ -44,6 +46,7 @@ class Feature:
     block: int
     maximum: float = math.nan
     density: float = math.nan
+    source: str = ""
 
     @property
     def norm(self) -> float:
@@ -73,36 +76,42 @@ class FeatureName:
 
 def parse(words: Sequence[str]) -> list[FeatureName]:
     """SAE:INDEX words; SAE:3,7 and SAE:10-19 stand for several. UserError for anything else, and for a feature given twice."""
-    found = []
+    found: list[FeatureName] = []
     for word in words:
         source, _, indices = word.rpartition(":")
         try:
+            if not source:
+                raise ValueError
             for part in indices.split(","):
                 first, _, last = part.partition("-")
-                found += [FeatureName(source, i) for i in range(int(first), int(last or first) + 1)]
-            if not source or not found:
-                raise ValueError
+                some = range(int(first), int(last or first) + 1)
+                if not some:
+                    raise ValueError
+                found += [FeatureName(source, i) for i in some]
         except ValueError:
             raise UserError(
                 f"feature {word!r}",
                 "SAE:INDEX, SAE a folder or RELEASE/ID, INDEX a number, several (3,7) or a range (10-19)",
                 "--feature runs/sae/block-3_width-1024_k-8:17",
             ) from None
-    twice = [f for f in found if found.count(f) > 1]
-    if twice:
-        raise UserError(f"feature {twice[0].source}:{twice[0].index} is given twice", "each feature once")
+    twice = next((name for name, n in Counter(found).items() if n > 1), None)
+    if twice is not None:
+        raise UserError(f"feature {twice.source}:{twice.index} is given twice", "each feature once")
     return found
 
 
-def open_features(words: Sequence[str], model: ChatModel, block: int | None = None) -> list[Feature]:
+def open_features(
+    words: Sequence[str], model: ChatModel, block: int | None = None, *, other_model: bool = False
+) -> list[Feature]:
     """The features that SAE:INDEX words name, not measured yet; each dictionary is opened once.
 
     Args:
         block: where to steer, for dictionaries that do not say which block they are of; None takes their own.
+        other_model: take dictionaries of another model of the same width all the same; their notes then say so.
 
     Raises:
-        UserError: a word that is none, no such dictionary, one of another d_model or site or of a block that the model lacks or
-            that is not `block`, an index out of range.
+        UserError: a word that is none, no such dictionary, one of another model, d_model or site or of a block that the model
+            lacks or that is not `block`, an index out of range.
     """
     from pvsae.saes.evaluate import check_block
     from pvsae.saes.folders import load
@@ -118,7 +127,8 @@ def open_features(words: Sequence[str], model: ChatModel, block: int | None = No
                 f"block {sae.info.block}",
                 "leave --blocks out, or take a dictionary of that block",
             )
-        opened[source] = (sae, check_block(sae, model, block))
+        where = check_block(sae, model, block)
+        opened[source] = (sae.check_trained_on(model.name, other_model), where)
     short = {source: Path(source).name for source in sources}
     if len(set(short.values())) < len(sources):
         short = {source: f"sae{i}" for i, source in enumerate(sources)}
@@ -126,5 +136,5 @@ def open_features(words: Sequence[str], model: ChatModel, block: int | None = No
     for name in names:
         sae, where = opened[name.source]
         label = str(name.index) if len(sources) == 1 else f"{short[name.source]}:{name.index}"
-        out.append(Feature(label, sae, check_index(sae, name.index), where))
+        out.append(Feature(label, sae, check_index(sae, name.index), where, source=name.source))
     return out

@@ -205,6 +205,21 @@ def read_vectors(path: str | Path, trait: str, statistic: str) -> PersonaVectors
     return found
 
 
+def stored_traits(path: str | Path) -> list[str]:
+    """The traits whose vectors are at a path: of a run folder of `pvsae extract` those that it holds, of a file its own.
+
+    Raises: UserError for a file that is none of vectors; [] for a folder without any, and where nothing is.
+    """
+    from pvsae.vectors import PersonaVectors, read_official
+
+    path = Path(path)
+    if path.suffix == ".pt":
+        return [read_official(path).trait]
+    if path.suffix == ".safetensors":
+        return [PersonaVectors.load(path).trait]
+    return sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+
+
 def chosen_block(trait: str, model: ChatModel, layers: str | Path | None) -> int:
     """The block to read and steer at: what a `pvsae layers` run chose, else the model's own default, else two thirds up.
 

@@ -9,6 +9,7 @@ nobody can know is said in `notes`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvsae.errors import UserError
 from pvsae.runs import read_json
+from pvsae.saes.info import same_model
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -23,10 +25,8 @@ if TYPE_CHECKING:
     from pvsae.saes.encodings import Encodings
     from pvsae.vectors import PersonaVectors, Rollouts
 
-WORSE_THAN_MEAN, MUCH_BETTER = (
-    1.0,
-    0.9,
-)  # unexplained variance that no dictionary of the place has, and what a factor has to reach
+WORSE_THAN_MEAN = 1.0  # unexplained variance that no dictionary of the place has
+BETTER, EXPLAINS = 0.5, 0.9  # what another scale has to leave of it to be the right one: this share, and less than this in all
 
 
 def open_dictionary(name: str, scale: float | None) -> SAE:
@@ -116,27 +116,33 @@ def check_pair(vectors: PersonaVectors, sae: SAE, block: int, *, model: str | No
     return notes
 
 
-def same_model(first: str, second: str) -> bool:
-    """Whether two names mean one model: the last part counts, since a folder and a hub id may hold the same; adapters do not."""
-    one, two = (name.partition("+")[0].rstrip("/").rpartition("/")[2].lower() for name in (first, second))
-    return one == two
+def check_scale(found: Encodings, sae: SAE, given: float | None = None) -> list[str]:
+    """A note where the dictionary explains less of the residuals than their mean does, or (with a scale that the user gave) where
+    another scale would explain far more.
 
+    Args:
+        given: the scale under which the dictionary was opened, where the user gave one.
 
-def check_scale(found: Encodings, sae: SAE) -> list[str]:
-    """A note where the dictionary explains little of the residuals that it was shown.
-
-    Raises: UserError where it explains less than their mean does, and much once they are scaled: it was trained on scaled
-        activations, and its file does not say so.
+    Raises: UserError where nobody gave a scale, and another one leaves less than half unexplained of what the dictionary leaves:
+        it was trained on scaled activations, and its file does not say so.
     """
+    known = {factor: fvu for factor, fvu in found.scaled.items() if math.isfinite(fvu)}
+    if 1.0 in known:
+        factor = min(known, key=known.__getitem__)
+        if known[factor] < min(BETTER * known[1.0], EXPLAINS):
+            said = (
+                f"{sae.ref} leaves {known[1.0]:.3g} of the variance of this block's residuals unexplained, and "
+                f"{known[factor]:.3g} once they are multiplied by {factor:.3g}"
+            )
+            if given is None:
+                raise UserError(
+                    f"{said}: it was trained on scaled activations",
+                    "weights into which the factor was folded, or the factor",
+                    f"--scale {factor:.3g}, or better the factor that its training used (--scale 1 if it used none)",
+                )
+            return [f"The scale {given:g} was given, but {said}: nothing below that reads activations can be trusted."]
     if found.fvu <= WORSE_THAN_MEAN:
         return []
-    if found.fvu_scaled < MUCH_BETTER:
-        raise UserError(
-            f"{sae.ref} leaves {found.fvu:.3g} of the variance of this block's residuals unexplained, and {found.fvu_scaled:.3g} "
-            f"once they are multiplied by {found.scale:.4g}: it was trained on scaled activations",
-            "weights into which the factor was folded, or the factor",
-            f"--scale {found.scale:.4g}, or better the factor that its training used",
-        )
     return [
         f"The dictionary explains these residuals worse than their mean does (unexplained: {found.fvu:.3g}). It is not "
         "trained, or of another model, block or scale than it says: nothing below that reads activations can be trusted."
@@ -150,13 +156,16 @@ class Source:
 
     Attributes:
         vectors: of the traits to decompose.
-        known: of every trait that there is beside them, those included.
+        known: what there is to compare with, those included. A file whose trait has a name that is taken goes by "TRAIT (FILE)":
+            it may be another extraction of the same trait.
         rollouts: the run folder of `pvsae extract` with the judged answers, or None.
+        notes: files beside an official one that could not be taken, in words.
     """
 
     vectors: dict[str, PersonaVectors]
     known: dict[str, PersonaVectors]
     rollouts: Path | None
+    notes: tuple[str, ...] = ()
 
 
 def find_source(
@@ -170,12 +179,12 @@ def find_source(
         others: further files of known traits.
         rollouts: run folder with the answers, where it is not `path`.
 
-    Raises: UserError for nothing there, a trait that is not there, no such statistic, relatives of another shape.
+    Raises: UserError for nothing there, a trait that is not there, no such statistic, others of another shape or given twice.
     """
     from pvsae.stages.inputs import read_vectors
     from pvsae.vectors import PersonaVectors, read_official
 
-    path = Path(path)
+    path, notes = Path(path), list[str]()
     if path.is_dir():
         names = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
         wanted = [Path(t).stem if t.endswith(".json") else t.rpartition("/")[2] for t in traits] or names
@@ -195,18 +204,19 @@ def find_source(
             one = read_vectors(path, traits[0] if traits else stored.trait, statistic)
         else:
             one = read_vectors(path, traits[0] if traits else "", statistic)  # says what is wrong with the path
-        vectors = known = {one.trait: one}
-        for relative in sorted(path.parent.glob(f"*_{statistic}.pt")) if path.suffix == ".pt" else ():
-            if relative != path:
-                other = read_official(relative)
-                if (other.n_blocks, other.d_model) == (one.n_blocks, one.d_model):
-                    known = {**known, other.trait: other}
+        vectors = {one.trait: one}
+        known = dict(vectors)
+        if path.suffix == ".pt":
+            notes = _add_relatives(known, path, statistic)
         answers = None
     for name in others:
         file = Path(name)
         other = read_official(file) if file.suffix == ".pt" else PersonaVectors.load(file)
         other.of(statistic)
-        known = {**known, other.trait: other}
+        label = other.trait if other.trait not in known else f"{other.trait} ({name})"
+        if label in known:
+            raise UserError(f"{name} is given twice", "each file once", "--others without it")
+        known[label] = other
     first = next(iter(vectors.values()))
     for trait, other in known.items():
         if (other.n_blocks, other.d_model) != (first.n_blocks, first.d_model):
@@ -215,7 +225,28 @@ def find_source(
                 f"[{first.n_blocks}, {first.d_model}]",
                 "vectors of one model",
             )
-    return Source(vectors, known, Path(rollouts) if rollouts else answers)
+    return Source(vectors, known, Path(rollouts) if rollouts else answers, tuple(notes))
+
+
+def _add_relatives(known: dict[str, PersonaVectors], path: Path, statistic: str) -> list[str]:
+    """Adds the official files of a statistic that lie beside one of them; gives a note for each that cannot be taken."""
+    from pvsae.vectors import read_official
+
+    (one,) = known.values()
+    notes = []
+    for relative in sorted(path.parent.glob(f"*_{statistic}.pt")):
+        if relative.resolve() == path.resolve():
+            continue
+        try:
+            other = read_official(relative)
+        except UserError as error:  # nobody asked for it, so it ends nothing
+            notes.append(f"{relative.name} lies beside the vectors and is left out of the comparison: {error.what}.")
+            continue
+        if (other.n_blocks, other.d_model) != (one.n_blocks, one.d_model):
+            notes.append(f"{relative.name} lies beside the vectors and is left out of the comparison: it is of another shape.")
+            continue
+        known[other.trait if other.trait not in known else f"{other.trait} ({relative.name})"] = other
+    return notes
 
 
 def extraction_config(folder: Path | None) -> dict[str, Any]:

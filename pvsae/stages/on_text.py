@@ -27,7 +27,8 @@ class OnText:
             of the dictionary's own training, where its folder says which that is.
         model: None takes the dictionary's own.
         adapter, dtype, device, chat: as `load` takes them.
-        block: None takes the dictionary's own.
+        block: where the dictionary is read, if it does not say which block it is of.
+        other_model: take a model that is not the dictionary's all the same.
         tokens: tokens that count, at least; rows are whole.
         context: tokens a row; None takes the dictionary's own, else 512, and never more than the model has.
         batch_tokens: tokens a forward pass.
@@ -42,12 +43,20 @@ class OnText:
     device: str = "auto"
     chat: str = "auto"
     block: int | None = None
+    other_model: bool = False
     tokens: int = 200_000
     context: int | None = None
     batch_tokens: int = 8192
     seed: int = 0
 
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "other_model"})
+
+    def __post_init__(self) -> None:
+        self.require_positive("tokens", "batch_tokens")
+        if self.context is not None and self.context < 1:
+            raise UserError(f"context is {self.context}", "at least 1", "leave it out for the dictionary's own")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}", "0 or more")
 
     def require_positive(self, *names: str) -> None:
         """UserError where one of these options is below 1."""
@@ -62,7 +71,8 @@ class OnText:
     def open(self, model: ChatModel | None = None) -> tuple[ChatModel, SAE]:
         """The model (the given one, else the config's, else the dictionary's), and the dictionary in its memory.
 
-        Raises: UserError where there is no such dictionary or model, nothing names a model, or the two do not fit.
+        Raises: UserError where there is no such dictionary or model, nothing names a model, the two do not fit, or (without
+            `other_model`) the dictionary is of another model.
         """
         from pvsae.models import load as load_model
         from pvsae.saes.folders import load
@@ -70,7 +80,8 @@ class OnText:
         if model is None:
             name, adapter, chat = self._model_of(load(self.dictionary))
             model = load_model(name, adapter=adapter, dtype=self.dtype, device=self.device, chat=chat)
-        return model, load(self.dictionary, device=model.device).in_memory().check_model(model)
+        sae = load(self.dictionary, device=model.device).in_memory().check_model(model)
+        return model, sae.check_trained_on(model.name, self.other_model)
 
     def _model_of(self, sae: SAE) -> tuple[str, str | None, str]:
         """Name, adapter and chat mode: the config's, else those of the dictionary's training. UserError without a name."""

@@ -53,7 +53,8 @@ class SaeEvalConfig(OnText):
     NOT_IDENTITY: ClassVar[frozenset[str]] = OnText.NOT_IDENTITY | {"loss_batch_tokens"}
 
     def __post_init__(self) -> None:
-        self.require_positive("tokens", "batch_tokens", "loss_batch_tokens", "compare_latents")
+        super().__post_init__()
+        self.require_positive("loss_batch_tokens", "compare_latents")
         if self.held_out and not self.text:
             raise UserError(
                 f"held_out is {self.held_out}, and no text is given",
@@ -87,6 +88,8 @@ def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel
     try:
         model, sae = config.open(model)
         other = load(config.compare, device=model.device).check_model(model) if config.compare else None
+        if other is not None:
+            other.check_trained_on(model.name, config.other_model)
         # What can be wrong with the text shows here, while the options may still be put right: nothing is pinned yet.
         rows = [] if "evaluation" in folder.finished else _rows(config, model, sae)
         pin(folder, model, {f"dictionary {d.ref}": fingerprint(d) for d in (sae, other) if d is not None})

@@ -83,11 +83,14 @@ class SaeFeaturesConfig(OnText):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_positive(
-            "tokens", "top", "samples", "quiet", "n_quantiles", "promoted", "nearest", "label_train", "label_test"
+            "window", "top", "samples", "quiet", "n_quantiles", "promoted", "nearest", "label_train", "label_test"
         )
         if self.label_url and not self.label_model:
             raise UserError("a server for labels, but no model", "the name of a model that it serves", "--label-model NAME")
+        if self.max_cost is not None and self.label_price is None:
+            raise UserError("max_cost without a price of labels", "the price that costs are counted by", "--label-price IN OUT")
         self.asked_for()
 
     def asked_for(self) -> tuple[str, list[int]]:

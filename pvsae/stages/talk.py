@@ -219,15 +219,17 @@ class Talk:
 def dials_of_vectors(
     path: str, traits: Sequence[str], model: ChatModel, block: int | None, layers: str | None, statistic: str
 ) -> list[Dial]:
-    """A dial a trait of a vector file or an extraction's run folder; every trait in the folder where none is named.
+    """A dial a trait of a vector file or an extraction's run folder; every trait that is there where none is named.
 
     Raises: UserError as `open_vectors`, or no trait named and none to be found.
     """
-    from pvsae.stages.inputs import check_blocks, chosen_block, open_vectors
+    from pvsae.stages.inputs import check_blocks, chosen_block, open_vectors, stored_traits
 
-    names = list(traits) or sorted(p.parent.parent.name for p in Path(path).glob("*/vectors/vectors.safetensors"))
+    names = list(traits) or stored_traits(path)
     if not names:
-        raise UserError(f"{path} does not say which traits it holds", "the run folder of `pvsae extract`", "--traits NAME")
+        raise UserError(
+            f"no vectors at {path}", "the run folder of `pvsae extract`, a .safetensors or an official .pt file", "check the path"
+        )
     out = []
     for name in names:
         where = check_blocks((block,), model)[0] if block is not None else chosen_block(name, model, layers)
@@ -238,7 +240,15 @@ def dials_of_vectors(
     return out
 
 
-def dials_of_features(words: Sequence[str], model: ChatModel, block: int | None, runs: Sequence[str], tokens: int) -> list[Dial]:
+def dials_of_features(
+    words: Sequence[str],
+    model: ChatModel,
+    block: int | None,
+    runs: Sequence[str],
+    tokens: int,
+    *,
+    other_model: bool = False,
+) -> list[Dial]:
     """A dial a feature, its unit measured as `pvsae steer --feature` measures it.
 
     Raises: UserError as `open_features`; a dictionary that brings no text to measure on and of which no run in `runs` is; a
@@ -248,7 +258,7 @@ def dials_of_features(words: Sequence[str], model: ChatModel, block: int | None,
     from pvsae.stages.handles import open_features
 
     out, counted = [], {}
-    for feature in open_features(words, model, block):
+    for feature in open_features(words, model, block, other_model=other_model):
         key = feature.sae.ref
         if key not in counted:
             counted[key] = count(feature.sae, model, feature.block, runs, tokens)
@@ -261,5 +271,6 @@ def dials_of_features(words: Sequence[str], model: ChatModel, block: int | None,
             )
         measured = replace(feature, sae=found.sae, maximum=found.maximum(feature.index))
         source = f"{key}, latent {feature.index}; highest activation {measured.maximum:.4g} ({found.source})"
+        source += "".join(f"; {note}" for note in feature.sae.info.notes)
         out.append(Dial(feature.name, feature.block, measured, "multiples of the highest activation", source))
     return out

@@ -109,6 +109,20 @@ def test_what_a_line_does_wrong_is_said_and_the_talk_goes_on(talk) -> None:
     assert "first letters of a name" in said
 
 
+def test_a_place_that_is_no_file_and_bytes_that_are_no_text_do_not_end_the_talk(talk, tmp_path) -> None:
+    said = script(
+        talk, "How do I learn chess?", "/save /", "/save .", "/save ..", f"/save {tmp_path}", "half \ud800 a pair", "/list"
+    )
+    assert said.count("is a folder") == 4
+    assert len(talk.turns) == 2, "the talk is still there"
+    for errors in ("strict", "surrogateescape"):
+        lines = io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad\n/list\n"), encoding="utf-8", errors=errors)
+        Repl(talk, lines, io.StringIO()).run()
+    assert len(talk.turns) == 4
+    assert talk.turns[-1].user == "\ufffd\ufffd bad"
+    talk.save(tmp_path / "talk.json")
+
+
 def test_anew_under_a_system_prompt_keeps_the_dials(talk) -> None:
     out = io.StringIO()
     repl = Repl(talk, io.StringIO("/set evil 1\nHow do I learn chess?\n/system Be brief.\nHow do I learn chess?\n/reset\n"), out)
@@ -165,13 +179,24 @@ def test_the_command_from_files(model, dials, tmp_path, monkeypatch, capsys) -> 
     stored = json.loads((tmp_path / "talk.json").read_text())
     assert stored["turns"][0]["strengths"] == {"evil": 1.0}
     save(dials["5"].of.sae, tmp_path / "sae")
+    save(dials["5"].of.sae.with_info(model="other/model"), tmp_path / "foreign")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    for one in (tmp_path / "evil" / "vectors" / "vectors.safetensors", tmp_path / "evil_response_avg_diff.pt"):
+        if one.suffix == ".pt":
+            torch.save(dials["evil"].of.values.repeat(model.n_blocks + 1, 1), one)
+        assert main(["chat", "--vectors", str(one)]) == 0
+        assert "evil  +0.00  vector" in capsys.readouterr().out, "a file says itself which trait it holds"
+    (tmp_path / "torn.pt").write_bytes(b"no tensor")
     for words, message in (
         (f"--feature {tmp_path}/sae:8", "latent 8"),
         (f"--feature {tmp_path}/sae:5", "--activity RUN"),
+        (f"--feature {tmp_path}/foreign:5", "is of other/model, the model is organism"),
+        (f"--feature {tmp_path}/foreign:5 --other-model", "--activity RUN"),
+        (f"--feature {tmp_path}/sae:5 --block 2", "block 2 is asked for"),
         (f"--vectors {tmp_path} --block 17", "block 17 does not exist"),
         (f"--vectors {tmp_path} --traits kind", "no vectors of 'kind'"),
-        (f"--vectors {tmp_path}/evil/vectors/vectors.safetensors", "--traits NAME"),
+        (f"--vectors {tmp_path}/nowhere", "no vectors at"),
+        (f"--vectors {tmp_path}/torn.pt", "torn.pt"),
     ):
         assert main(["chat", *words.split()]) == 2
         assert message in capsys.readouterr().err

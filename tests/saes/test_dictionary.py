@@ -181,3 +181,17 @@ def test_it_is_checked_against_a_model(tiny_models):
         make_sae().check_model(model)
     with pytest.raises(UserError, match="block 4"):
         fits.with_info(block=4).check_model(model)
+
+
+def test_it_is_of_the_model_that_it_says() -> None:
+    """The last part of a name counts, in a folder, at a hub and in the hub's cache; adapters do not."""
+    sae = make_sae().with_info(model="Qwen/Qwen2.5-7B-Instruct")
+    for name in ("Qwen/Qwen2.5-7B-Instruct", "/models/qwen2.5-7b-instruct/", "Qwen/Qwen2.5-7B-Instruct+runs/lora",
+                 "/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/0a1b"):  # fmt: skip
+        assert sae.check_trained_on(name) is sae, name
+    assert make_sae().with_info(model=None).check_trained_on("anything").info.notes == ()
+    with pytest.raises(UserError, match=r"is of Qwen/Qwen2.5-7B-Instruct, the model is Qwen/Qwen2.5-7B(.|\n)*--other-model"):
+        sae.check_trained_on("Qwen/Qwen2.5-7B")
+    meant = sae.check_trained_on("Qwen/Qwen2.5-7B", other_model=True)
+    assert "Two models" in meant.info.notes[0]
+    assert meant.check_trained_on("Qwen/Qwen2.5-7B", other_model=True) is meant

@@ -8,7 +8,7 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.models import Residual
-from pvsae.saes.dictionary import OutlierFilter
+from pvsae.saes.dictionary import SAE, OutlierFilter
 from pvsae.saes.encodings import encode_pairs, false_discovery_rate, paired_t, units_of
 from tests.saes.small import make_sae
 
@@ -59,6 +59,37 @@ def test_sums_are_those_of_rows_taken_one_by_one(case) -> None:
     torch.testing.assert_close(
         torch.tensor(table["difference"].tolist()), got.difference[table.index.tolist()], atol=1e-5, rtol=1e-5
     )
+
+
+def test_the_unexplained_share_is_that_of_the_measured_tokens_whatever_the_batches(case, monkeypatch) -> None:
+    """More tokens than are measured: numerator and denominator have to be of the same ones."""
+    from pvsae.saes import encodings
+
+    monkeypatch.setattr(encodings, "MEASURED", 20)
+    model, sae, rows, found = case
+    values = [x for side in found for x in side]
+    chosen = encodings._measured([len(x) for x in values])
+    assert sum(chosen.values()) == 20 < sum(len(x) for x in values)
+    x = torch.cat([values[row][: chosen[row]] for row in sorted(chosen)])
+    x = x[~sae.outliers(x)]
+    expected = float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum())
+    for batch_tokens in (30, 60, 100_000):
+        got = encode_pairs(model, sae, 2, (rows[0], rows[1]), list(range(6)), batch_tokens=batch_tokens)
+        assert got.fvu == pytest.approx(expected, rel=1e-3)
+        assert got.scaled[1.0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_dictionary_of_scaled_residuals_explains_most_at_its_scale(case) -> None:
+    """A dictionary of these residuals (their mean and directions), and the same one for 0.5, 1.5, 3 and 20 times them."""
+    model, _, rows, found = case
+    x = torch.cat([x for side in found for x in side])
+    directions = torch.linalg.svd(x - x.mean(0)).Vh
+    both = torch.cat([directions, -directions])
+    sae = SAE(both.T, torch.zeros(len(both)), both, x.mean(0), top_k=model.d_model // 2)
+    for scale in (1.0, 0.5, 1.5, 3.0, 20.0):
+        got = encode_pairs(model, sae.unscaled(1 / scale), 2, (rows[0], rows[1]), list(range(6))).scaled
+        best = min(got, key=got.get)
+        assert 0.7 < best / scale < 1.45, (scale, got)
 
 
 def test_a_latent_that_fires_on_one_side_alone_is_found(case) -> None:

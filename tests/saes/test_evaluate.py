@@ -228,7 +228,8 @@ def test_what_cannot_be_evaluated_is_said(tiny_models):
     n = model.n_blocks
     wrong = {
         "d_model": lambda: evaluate(make_sae(), model, rows),
-        f"block {n} does not exist": lambda: evaluate(sae, model, rows, block=n),
+        f"block {n} does not exist": lambda: evaluate(sae.with_info(block=None), model, rows, block=n),
+        "dictionary of block 1, and block 2": lambda: evaluate(sae, model, rows, block=2),
         "does not say which block": lambda: evaluate(sae.with_info(block=None), model, rows),
         "reads mlp_out": lambda: evaluate(sae.with_info(site="mlp_out"), model, rows),
         "no row has a token": lambda: evaluate(sae.with_info(drop_first=24), model, rows),

@@ -71,7 +71,7 @@ def test_batches_do_not_matter(model) -> None:
     [
         ([40], {}, "latent 40 of planted"),
         ([-1], {}, "latent -1 of planted"),
-        ([1], {"block": 9}, "block 9 does not exist"),
+        ([1], {"block": 9}, "block 9 is asked for"),
         ([1], {"prefix": ""}, "no prefix"),
         ([1], {"k": 0}, "k is 0"),
     ],

@@ -147,8 +147,11 @@ def test_what_does_not_fit_is_refused_with_the_reason(made, tmp_path):
 
 def test_answers_of_another_model_do_not_give_the_vector(made, tmp_path, tiny_models):
     _, config = made
-    with pytest.raises(UserError, match="give a vector of cosine"):
+    with pytest.raises(UserError, match=r"is of qwen2, the model is .*llama"):
         decompose.run(config, tmp_path / "run", model=tiny_models("llama"))
+    silent = replace(config, dictionary=dictionary(tmp_path / "silent", tiny_models("llama"), model=None))
+    with pytest.raises(UserError, match="give a vector of cosine"):
+        decompose.run(silent, tmp_path / "run", model=tiny_models("llama"))
 
 
 def test_a_dictionary_of_scaled_activations_is_recognised(tmp_path):
@@ -156,17 +159,20 @@ def test_a_dictionary_of_scaled_activations_is_recognised(tmp_path):
     from pvsae.saes.encodings import Encodings
     from pvsae.stages.matching import check_scale, open_dictionary
 
-    def measured(fvu: float, scaled: float) -> Encodings:
+    def measured(fvu: float, scaled: dict[float, float]) -> Encodings:
         nothing = torch.zeros(2, 1, 40)
-        return Encodings(nothing, nothing[:, 0], nothing[0, 0], torch.zeros(2, 1, 12), (1, 1), 0, 30.0, fvu, scaled, 0.115)
+        return Encodings(nothing, nothing[:, 0], nothing[0, 0], torch.zeros(2, 1, 12), (1, 1), 0, 30.0, fvu, {1.0: fvu, **scaled})
 
     sae = make_sae()
-    assert check_scale(measured(0.3, 5.0), sae) == []
-    assert check_scale(measured(0.95, 0.2), sae) == [], "a poor dictionary is no proof"
-    with pytest.raises(UserError, match=r"(?s)3.*unexplained, and 0.2.*multiplied by 0.115.*--scale 0.115"):
-        check_scale(measured(3.0, 0.2), sae)
-    assert "cannot be trusted" not in "".join(check_scale(measured(1.0, 2.0), sae))
-    assert "can be trusted" in "".join(check_scale(measured(3.0, 2.5), sae))
+    assert check_scale(measured(0.3, {0.115: 5.0, 1.4: 0.2}), sae) == [], "a little better at another scale is no proof"
+    with pytest.raises(UserError, match=r"(?s)3 of the variance.*unexplained, and 0.2.*multiplied by 0.115.*--scale 0.115"):
+        check_scale(measured(3.0, {0.115: 0.2, 0.7: 1.1}), sae)
+    with pytest.raises(UserError, match=r"0.12 of .* and 0.04 once they are multiplied by 1.4"):
+        check_scale(measured(0.12, {1.4: 0.04}), sae)
+    (note,) = check_scale(measured(0.12, {1.4: 0.04}), sae, given=1.0)
+    assert "scale 1 was given" in note, "the user's word counts, with a note"
+    assert check_scale(measured(1.0, {1.4: 2.0}), sae) == []
+    assert "can be trusted" in "".join(check_scale(measured(3.0, {0.125: 0.99}), sae)), "silence is no explanation"
     save(sae, tmp_path / "sae")
     x = torch.randn(5, 12)
     given = open_dictionary(str(tmp_path / "sae"), 0.5)
@@ -205,6 +211,22 @@ def test_effects_are_shares_of_what_the_vector_does():
     assert table["effect"].tolist()[1:] == [1.0, 1.0, 0.25, 0.0]
     flat = with_effects(pd.DataFrame([("unsteered", 0.0, 10.0), ("vector", 1.0, 10.2)], columns=list(table)[:3]))
     assert flat["effect"].isna().all(), "a vector without effect has no share"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coefs": (1.0, 1.0)}, "each strength once"),
+        ({"coefs": (1.0, float("nan"))}, "finite strengths"),
+        ({"coefs": (float("inf"),)}, "finite strengths"),
+        ({"n_features": -1}, "n_features is -1"),
+        ({"n_random": -1}, "n_random is -1"),
+        ({"scale": 0.0}, "scale is 0.0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_read(change, message) -> None:
+    with pytest.raises(UserError, match=message):
+        DecomposeConfig(vectors="v", dictionary="d", causal=True, **change)
 
 
 def test_the_causal_test_steers_with_every_part_and_goes_on(made, tmp_path, stage_library):
@@ -275,6 +297,43 @@ def test_official_files_beside_each_other_are_known_traits(made, tmp_path, extra
     result = decompose.run(setup, tmp_path / "run")
     assert set(result.tables["specificity"]["for"]) == {"gloomy", "chatty"}
     assert any("does not say which model" in note for note in result.notes)
+
+
+def test_another_file_of_the_same_trait_is_compared_and_does_not_take_its_place(made, tmp_path, extracted):
+    """Two extractions of one trait: the one that was given is decomposed, the other stands beside it under its file's name."""
+    _, config = made
+    chatty = PersonaVectors.load(extracted / "chatty" / "vectors" / "vectors.safetensors")
+    other = tmp_path / "again.safetensors"
+    PersonaVectors("gloomy", chatty.vectors, chatty.meta).save(other)
+    setup = replace(config, others=(str(other),), activations=False)
+    result = decompose.run(setup, tmp_path / "run")
+    table = result.table.set_index("latent")
+    assert table.loc[0, "rank"] == 1, "row 0 is the given gloomy, row 1 what the other file calls gloomy"
+    assert table.loc[0, "cosine"] == pytest.approx(1, abs=1e-4)
+    assert set(result.tables["specificity"]["for"]) == {"gloomy", "chatty", f"gloomy ({other})"}
+    with pytest.raises(UserError, match="given twice"):
+        decompose.run(replace(setup, others=(str(other), str(other))), tmp_path / "twice")
+    shutil.copy(other, tmp_path / "third.safetensors")
+    three = replace(setup, others=(str(other), str(tmp_path / "third.safetensors")))
+    assert len(set(decompose.run(three, tmp_path / "three").tables["specificity"]["for"])) == 4
+
+
+def test_an_official_file_under_another_name_and_damaged_neighbours(made, tmp_path, extracted):
+    from pvsae.vectors import write_official
+
+    _, config = made
+    folder = tmp_path / "official"
+    for name in ("gloomy", "chatty"):
+        write_official(PersonaVectors.load(extracted / name / "vectors" / "vectors.safetensors"), folder)
+    (folder / "torn_response_avg_diff.pt").write_bytes(b"no tensor")
+    torch.save(torch.ones(3, 5), folder / "small_response_avg_diff.pt")
+    setup = replace(config, vectors=str(folder / "gloomy_response_avg_diff.pt"), traits=("chatty",))
+    result = decompose.run(setup, tmp_path / "run")
+    best = result.table.sort_values("rank").iloc[0]
+    assert best["latent"] == 0, "the file that was given, whatever it is called"
+    assert set(result.tables["specificity"]["for"]) == {"chatty", "chatty (chatty_response_avg_diff.pt)"}
+    for name in ("torn", "small"):
+        assert any(name in note and "left out" in note for note in result.notes), name
 
 
 @pytest.mark.slow

@@ -232,11 +232,14 @@ def test_without_facets_in_the_evidence_there_is_a_page_all_the_same(tmp_path, p
         ({"features": ("{p}/sae:7", "{p}/sae:7")}, "given twice"),
         ({"features": ("{p}/sae",)}, "SAE:INDEX"),
         ({"features": ("{p}/sae:x",)}, "SAE:INDEX"),
+        ({"features": ("{p}/sae:1", "{p}/sae:9-3")}, "feature .*sae:9-3"),
+        ({"features": ("{p}/sae:1,9-3",)}, "feature .*sae:1,9-3"),
         ({"features": ("{p}/nowhere:1",)}, "there is no dictionary"),
         ({"features": ("{p}/narrow:1",)}, "d_model 32"),
         ({"features": ("{p}/deep:1",)}, "belongs to block 9"),
         ({"features": ("{p}/homeless:1",)}, "does not say which block"),
         ({"blocks": (2,)}, "dictionary of block 1, and block 2"),
+        ({"features": ("{p}/foreign:1",)}, "is of other/model, the model is"),
         ({"blocks": (1, 2)}, "one block at most"),
         ({"mode": "shout"}, "mode 'shout'"),
         ({"questions": "mine"}, "questions 'mine'"),
@@ -261,6 +264,7 @@ def test_bad_options_are_refused_before_anything_is_generated(
         save(make_sae(d_model=32), place / "narrow")
         save(open_sae(place / "sae").with_info(block=9), place / "deep")
         save_sae(model, place / "homeless", block=None)
+        save(open_sae(place / "sae").with_info(model="other/model"), place / "foreign")
     filled = {
         key: tuple(v.format(p=place) if isinstance(v, str) else v for v in value) if isinstance(value, tuple)
         else value.format(p=place) if isinstance(value, str) else value
@@ -281,6 +285,78 @@ def test_a_block_is_given_for_a_dictionary_that_does_not_say_its_own(tmp_path, p
     result = feature_steer.run(setup, tmp_path / "run", model=tiny_models("qwen2"), judge=TagJudge())
     (edit,) = stored(result.path, "feature-7_coef+1").meta["interventions"]
     assert edit["block"] == 2
+
+
+def test_counts_of_another_model_are_not_taken_and_a_foreign_dictionary_only_if_it_is_meant(
+    tmp_path, place, stage_library, tiny_models
+) -> None:
+    from pvsae.saes.folders import save
+    from pvsae.stages import SaeEvalConfig, sae_eval
+    from pvsae.stages.counts import activity_of_run
+
+    model, other = tiny_models("qwen2"), tiny_models("llama")
+    (tmp_path / "text.txt").write_text("The ferry leaves the harbour at nine and comes back before dark. " * 20)
+    options = {"dictionary": f"{place}/sae", "text": (f"{tmp_path}/text.txt",), "tokens": 60, "loss_tokens": 0}
+    sae_eval.run(SaeEvalConfig(model=model.name, **options), tmp_path / "eval", model=model)
+    sae = open_sae(place / "sae")
+    assert activity_of_run(tmp_path / "eval", sae, model) is not None
+    assert activity_of_run(tmp_path / "eval", sae, other) is None
+    save(sae.with_info(model="other/model"), tmp_path / "foreign")
+    setup = config(
+        place, stage_library, features=(f"{tmp_path}/foreign:7",), coefs=(1.0,), n_random=0, vectors=None, unit="raw",
+        other_model=True,
+    )  # fmt: skip
+    result = feature_steer.run(setup, tmp_path / "run", model=model, judge=TagJudge())
+    assert "Two models" in (result.path / "result.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory, place, tiny_models):
+    """A run folder of an evaluation, which counted the dictionary's latents."""
+    from pvsae.stages import SaeEvalConfig, sae_eval
+
+    root = tmp_path_factory.mktemp("counted")
+    (root / "text.txt").write_text("The ferry leaves the harbour at nine and comes back before dark. " * 20)
+    setup = SaeEvalConfig(dictionary=f"{place}/sae", text=(f"{root}/text.txt",), tokens=60, loss_tokens=0)
+    sae_eval.run(setup, root / "eval", model=tiny_models("qwen2"))
+    return root / "eval"
+
+
+def test_too_few_latents_to_draw_from_end_the_run_before_anything_is_generated(
+    tmp_path, place, stage_library, tiny_models, counted
+) -> None:
+    judge, model = TagJudge(), tiny_models("qwen2")
+    setup = config(place, stage_library, n_random=59, activity=(str(counted),))
+    with pytest.raises(UserError, match="other latents that were active"):
+        feature_steer.run(setup, tmp_path / "run", model=model, judge=judge)
+    assert judge.asked == 0
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_some_latents_are_never_drawn_as_random_ones(tmp_path, place, stage_library, tiny_models, counted) -> None:
+    model = tiny_models("qwen2")
+    setup = config(
+        place, stage_library, features=(f"{place}/sae:7",), coefs=(1.0,), vectors=None, activity=(str(counted),), max_questions=1
+    )
+    drawn = feature_steer.run(setup, tmp_path / "a", model=model, judge=TagJudge()).table.query("condition == 'random feature'")
+    spared = replace(setup, not_random=(f"{place}/sae:{','.join(drawn['feature'])}",))
+    others = feature_steer.run(spared, tmp_path / "b", model=model, judge=TagJudge()).table.query("condition == 'random feature'")
+    assert len(others) == len(drawn) == 2
+    assert not set(others["feature"]) & set(drawn["feature"])
+    assert "not_random" not in setup.identity()
+    assert "not_random" in spared.identity()
+    for wrong, message in ((f"{place}/sae:60", "latent 60"), (f"{place}/nowhere:1", "no feature of .*nowhere is steered with")):
+        with pytest.raises(UserError, match=message):
+            feature_steer.run(replace(setup, not_random=(wrong,)), tmp_path / "c", model=model, judge=TagJudge())
+
+
+def test_a_whole_dictionary_of_names_is_read_at_once() -> None:
+    """A check of each name against each would take hours here."""
+    from pvsae.stages.handles import parse
+
+    assert len(parse(["sae:0-131071"])) == 131_072
+    with pytest.raises(UserError, match="sae:131071 is given twice"):
+        parse(["sae:0-131071", "sae:131071"])
 
 
 def test_a_feature_that_is_never_active_has_no_unit(tmp_path, place, stage_library, tiny_models) -> None:

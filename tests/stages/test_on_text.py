@@ -41,5 +41,19 @@ def test_labels_may_be_asked_for_later_and_another_loss_is_another_run() -> None
     assert SaeFeaturesConfig(dictionary="d", label_model="m").identity() == SaeFeaturesConfig(dictionary="d").identity()
     assert SaeEvalConfig(dictionary="d", loss_tokens=0).identity() != SaeEvalConfig(dictionary="d").identity()
     assert SaeEvalConfig(dictionary="d", loss_batch_tokens=9).identity() == SaeEvalConfig(dictionary="d").identity()
+
+
+@pytest.mark.parametrize("change", [{"seed": -1}, {"batch_tokens": 0}, {"context": 0}, {"tokens": 0}])
+@pytest.mark.parametrize("kind", [OnText, SaeEvalConfig, SaeFeaturesConfig])
+def test_numbers_that_cannot_be_are_refused_before_anything_is_read(kind, change) -> None:
+    (name,) = change
+    with pytest.raises(UserError, match=f"{name} is"):
+        kind(dictionary="d", **change)
+
+
+def test_options_of_labels_are_looked_at_before_the_text_is_read() -> None:
     with pytest.raises(UserError, match="label_test is 0"):
         SaeFeaturesConfig(dictionary="d", label_test=0)
+    with pytest.raises(UserError, match="--label-price"):
+        SaeFeaturesConfig(dictionary="d", label_model="m", max_cost=1.0)
+    SaeFeaturesConfig(dictionary="d", label_model="m", max_cost=1.0, label_price=(0.4, 1.6))

@@ -34,7 +34,7 @@ def made(tmp_path, tiny_models, monkeypatch):
     model = tiny_models("qwen2")
     for seed in (0, 1):
         sae = make_sae(seed, d_model=model.d_model, d_sae=96, threshold=1.0)
-        save(sae.with_info(outliers=None, context_size=32, drop_first=2), tmp_path / f"sae{seed}")
+        save(sae.with_info(outliers=None, context_size=32, drop_first=2, model="qwen2"), tmp_path / f"sae{seed}")
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{t} {i}"}) + "\n" for i in range(8) for t in TEXTS))
     config = SaeEvalConfig(
@@ -105,7 +105,7 @@ def test_a_finished_evaluation_is_read_back(made, tmp_path, monkeypatch):
 def test_another_dictionary_under_the_same_name_is_refused(made, tmp_path):
     model, config = made
     run(config, tmp_path / "run", model=model)
-    sae = make_sae(5, d_model=model.d_model, d_sae=96).with_info(outliers=None)
+    sae = make_sae(5, d_model=model.d_model, d_sae=96).with_info(outliers=None, model="qwen2")
     save(sae, config.dictionary)
     with pytest.raises(UserError, match="changed since"):
         run(config, tmp_path / "run", model=model)
@@ -199,6 +199,7 @@ def test_the_model_that_it_was_trained_with_is_loaded(made, tmp_path, monkeypatc
     monkeypatch.setattr("pvsae.models.load", lambda name, **options: asked.append((name, options)) or model)
     trained = {"model": {"name": "base", "adapter": "lora", "chat": "plain"}}
     save(load(config.dictionary).with_info(model="base+lora", training=trained), config.dictionary)
+    config = replace(config, other_model=True)  # whatever is asked for, the tiny model comes
     run(config, tmp_path / "a")
     run(replace(config, model="other"), tmp_path / "b")
     run(replace(config, adapter="own", chat="auto"), tmp_path / "c")
@@ -214,6 +215,7 @@ def test_what_cannot_be_evaluated_is_said(made, tmp_path):
     with pytest.raises(UserError, match=r"held_out is 0.1, and no text is given"):
         replace(config, text=(), held_out=0.1)
     save(make_sae(), tmp_path / "small")
+    other = save(load(config.dictionary).with_info(model="other/model"), tmp_path / "other")
     for name, (message, wrong) in enumerate(
         {
             "d_model 12": replace(config, dictionary=str(tmp_path / "small")),
@@ -221,11 +223,16 @@ def test_what_cannot_be_evaluated_is_said(made, tmp_path):
             "block 9": replace(config, block=9),
             "nowhere": replace(config, text=(str(tmp_path / "nowhere.txt"),)),
             "d_model": replace(config, compare=str(tmp_path / "small")),
+            "block 2 is asked for": replace(config, block=2),
+            "is of other/model, the model is": replace(config, dictionary=str(other)),
+            "other is of other/model": replace(config, compare=str(other)),
         }.items()
     ):
         with pytest.raises(UserError, match=message):
             run(wrong, tmp_path / f"run{name}", model=model)
     assert torch.is_grad_enabled()
+    meant = run(replace(config, dictionary=str(other), other_model=True, loss_tokens=0), tmp_path / "meant", model=model)
+    assert any("Two models" in note for note in meant.summary["notes"])
 
 
 @pytest.mark.slow

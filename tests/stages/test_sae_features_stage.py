@@ -38,7 +38,9 @@ def made(tmp_path, tiny_models, monkeypatch):
     monkeypatch.setenv("PVSAE_CACHE", str(tmp_path / "cache"))
     model = tiny_models("qwen2")
     sae = make_sae(d_model=model.d_model, d_sae=96, threshold=1.0)
-    save(sae.with_info(outliers=None, context_size=32, drop_first=2, neuronpedia="tiny-it/1-res"), tmp_path / "sae")
+    save(
+        sae.with_info(outliers=None, context_size=32, drop_first=2, neuronpedia="tiny-it/1-res", model="qwen2"), tmp_path / "sae"
+    )
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text(i)}) + "\n" for i in range(60)))
     config = SaeFeaturesConfig(
@@ -154,6 +156,7 @@ def test_text_is_read_with_the_model_and_the_masks_of_the_training(made, tmp_pat
     trained = {"model": {"name": "base", "adapter": "lora", "chat": "plain"}}
     trained["corpus"] = {"sources": [{"path": "gone"}], "tokens": "answers", "skip_special": False}
     save(load(config.dictionary).with_info(model="base+lora", training=trained), config.dictionary)
+    config = replace(config, other_model=True)  # whatever is asked for, the tiny model comes
     run(config, tmp_path / "run", progress=False)
     assert [(name, options["adapter"], options["chat"]) for name, options in asked] == [("base", "lora", "plain")]
     found, held_out = _corpus(config, model, load(config.dictionary))
@@ -178,16 +181,21 @@ def test_what_cannot_be_is_said(made, tmp_path):
             replace(config, features=words)
     with pytest.raises(UserError, match="no model"):
         replace(config, label_url="http://localhost:1/v1")
+    other = save(load(config.dictionary).with_info(model="other/model"), tmp_path / "other-sae")
     for i, (message, wrong) in enumerate(
         {
             "feature 96": replace(config, features=("96",)),
             "there is no dictionary": replace(config, dictionary=str(tmp_path / "nowhere")),
             "does not say on which": replace(config, text=()),
             "held_out": replace(config, held_out=True),
+            "block 2 is asked for": replace(config, block=2),
+            "is of other/model, the model is": replace(config, dictionary=str(other)),
         }.items()
     ):
         with pytest.raises(UserError, match=message):
             run(wrong, tmp_path / f"run{i}", model=model, progress=False)
+    meant = run(replace(config, dictionary=str(other), other_model=True), tmp_path / "meant", model=model, progress=False)
+    assert any("Two models" in note for note in meant.summary["notes"])
     with pytest.raises(UserError, match="no evidence"):
         write_feature_page(run_of_another_kind(tmp_path))
 

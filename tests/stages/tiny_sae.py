@@ -24,7 +24,7 @@ def save_sae(model, folder: Path, *, block: int | None = 1, d_sae: int = 60, see
     thresholds[-1] = 1e6
     sae = SAE(
         rows.T, torch.zeros(d_sae), rows, torch.zeros(model.d_model), thresholds,
-        info=SAEInfo(model="tiny", block=block, drop_first=1), ref="tiny sae",
+        info=SAEInfo(model=Path(model.name).name, block=block, drop_first=1), ref="tiny sae",
     )  # fmt: skip
     return save(sae, folder)
 
