@@ -404,6 +404,10 @@ def build_parser() -> argparse.ArgumentParser:
     run = _stage("decompose", "DecomposeConfig", decompose.shown)
     decompose.add_parser(commands, add, run, _add_setup)
 
+    from pvsae.commands import finetune
+
+    finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
+
     _add_sae(commands, add)
 
     from pvsae.commands import data

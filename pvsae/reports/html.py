@@ -31,6 +31,8 @@ FIRST = (
     "specificity",
     "feature_steering",
     "correlations",
+    "finetune",
+    "rows",
     "decomposition",
     "quality",
     "loss",
@@ -38,7 +40,9 @@ FIRST = (
     "dictionaries",
 )  # tables to open on; the others follow by name
 HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
+ORDER = (
+    "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
+)  # fmt: skip
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -68,6 +72,7 @@ CAPTIONS = {
         "against the difference of encodings, of the latents that any method lists."
     ),
     "causal": "Trait score (bars, 95% interval) and coherence (dots) when the model is steered with each part by itself.",
+    "finetuning": "Loss on the tokens that are learnt; beside it the penalty and the treatment's strength, where they change.",
     "training": "Unexplained variance, active latents a token and dead latents at each logged step of training.",
     "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
     "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",

@@ -13,10 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvsae.saes.config import SaeTrainConfig
-    from pvsae.stages import decompose, extract, feature_steer, layers, monitor, sae_eval, sae_features, sae_train, steer
+    from pvsae.stages import (
+        decompose,
+        extract,
+        feature_steer,
+        finetune,
+        layers,
+        monitor,
+        sae_eval,
+        sae_features,
+        sae_train,
+        steer,
+    )
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
     from pvsae.stages.extract import ExtractConfig, ExtractResult
     from pvsae.stages.feature_steer import FeatureSteerConfig, FeatureSteerResult
+    from pvsae.stages.finetune import FinetuneConfig, FinetuneResult
     from pvsae.stages.layers import LayersConfig, LayersResult
     from pvsae.stages.monitor import MonitorConfig, MonitorResult
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
@@ -24,7 +36,9 @@ if TYPE_CHECKING:
     from pvsae.stages.sae_train import SaeTrainResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
-STAGES = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
+STAGES = (
+    "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
+)  # fmt: skip
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
 __all__ = [
@@ -35,6 +49,8 @@ __all__ = [
     "ExtractResult",
     "FeatureSteerConfig",
     "FeatureSteerResult",
+    "FinetuneConfig",
+    "FinetuneResult",
     "LayersConfig",
     "LayersResult",
     "MonitorConfig",
@@ -50,6 +66,7 @@ __all__ = [
     "decompose",
     "extract",
     "feature_steer",
+    "finetune",
     "layers",
     "monitor",
     "sae_eval",
