@@ -408,6 +408,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
 
+    from pvsae.commands import screen
+
+    screen.add_parser(commands, add, _stage("screen", "ScreenConfig", screen.shown), _add_setup)
+
     _add_sae(commands, add)
 
     from pvsae.commands import data

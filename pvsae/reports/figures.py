@@ -378,6 +378,13 @@ def _causal(*tables: pd.DataFrame) -> Figure:
     return causal_figure(*tables)
 
 
+# ------------------------------------------------------------------------------------------------------------ screening
+def _screening(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.screening import screening_figure
+
+    return screening_figure(*tables)
+
+
 # -------------------------------------------------------------------------------------------------------- run -> figures
 def read_table(run: RunDir, name: str) -> pd.DataFrame | None:
     """A table of a run, or None if the run has no such table."""
@@ -400,6 +407,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
         ("causal", _causal, ("causal",)),
     ],
     "finetune": [("finetuning", finetuning_figure, ("metrics",))],
+    "screen": [("screening", _screening, ("histogram", "data_sets"))],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [
         ("quality", quality_figure, ("quality",)),

@@ -34,14 +34,16 @@ FIRST = (
     "finetune",
     "rows",
     "decomposition",
+    "data_sets",
     "quality",
     "loss",
     "agreement",
     "dictionaries",
 )  # tables to open on; the others follow by name
-HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
+HIDDEN = ("trace", "points", "l0", "density", "metrics", "histogram")  # shown as coloured text and as figures
 ORDER = (
     "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
+    "screen",
 )  # fmt: skip
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
@@ -73,6 +75,10 @@ CAPTIONS = {
     ),
     "causal": "Trait score (bars, 95% interval) and coherence (dots) when the model is steered with each part by itself.",
     "finetuning": "Loss on the tokens that are learnt; beside it the penalty and the treatment's strength, where they change.",
+    "screening": (
+        "How many rows have which projection difference, a line a data set; dots: the means with their 95% intervals. "
+        "0 is where the base model's own answers lie."
+    ),
     "training": "Unexplained variance, active latents a token and dead latents at each logged step of training.",
     "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
     "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",

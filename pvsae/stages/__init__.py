@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         sae_eval,
         sae_features,
         sae_train,
+        screen,
         steer,
     )
     from pvsae.stages.decompose import DecomposeConfig, DecomposeResult
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     from pvsae.stages.sae_eval import SaeEvalConfig, SaeEvalResult
     from pvsae.stages.sae_features import SaeFeaturesConfig, SaeFeaturesResult
     from pvsae.stages.sae_train import SaeTrainResult
+    from pvsae.stages.screen import ScreenConfig, ScreenResult
     from pvsae.stages.steer import SteerConfig, SteerResult
 
 STAGES = (
     "extract", "layers", "steer", "feature_steer", "monitor", "finetune", "sae_train", "sae_eval", "sae_features", "decompose",
+    "screen",
 )  # fmt: skip
 _HOMES = {f"{stage.title().replace('_', '')}{kind}": stage for stage in STAGES for kind in ("Config", "Result")}
 
@@ -61,6 +64,8 @@ __all__ = [
     "SaeFeaturesResult",
     "SaeTrainConfig",
     "SaeTrainResult",
+    "ScreenConfig",
+    "ScreenResult",
     "SteerConfig",
     "SteerResult",
     "decompose",
@@ -72,6 +77,7 @@ __all__ = [
     "sae_eval",
     "sae_features",
     "sae_train",
+    "screen",
     "steer",
 ]
 
