@@ -4,7 +4,8 @@ Knows: tables of values and scores. Does not know: where a value came from, mode
 
 A table of values has a row a data set, trait (whose score is foretold) and vector (along which the value was taken): data,
 family, severity, made_for, trait, vector, value, score. Data sets of one family share their prompts, so intervals of r resample
-whole families. The data sets made to show a trait are the easy half of the range; r without them stands beside r of all.
+whole families. The data sets made to show a trait are the easy half of the range; beside r of all stands r without them, with the
+range of scores that is left: where all of these are alike, it is the r of noise.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pvsae.reports.figures import BLUE, CYCLE, GREY, INK, PALE, RED
 from pvsae.runs import atomic_path
 from pvsae.stages.statistics import correlation, pearson
 
+SPREAD = 10.0  # points of trait score; r over a smaller range is not shown
 MARKS = ("o", "^", "s", "D", "v")
 
 Nulls = Mapping[str, Float[np.ndarray, "directions data"]]
@@ -36,8 +38,8 @@ def spearman(x: pd.Series, y: pd.Series) -> float:
 
 
 def correlations(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A row a trait and vector: own (whether the vector is the trait's), n, r with its 95% interval, spearman, n_others and
-    r_others (without the data sets made to show the trait), spearman_others."""
+    """A row a trait and vector: own (whether the vector is the trait's), n, r with its 95% interval, spearman, n_others,
+    r_others and spearman_others (without the data sets made to show the trait), spread_others (the range of their scores)."""
     rows = []
     for (trait, vector), part in values.groupby(["trait", "vector"], sort=False):
         found = correlation(part["value"], part["score"], part["family"].tolist(), seed=seed)
@@ -48,6 +50,7 @@ def correlations(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                 "high": found.high, "spearman": spearman(part["value"], part["score"]), "n_others": len(others),
                 "r_others": correlation(others["value"], others["score"], n_boot=0).value,
                 "spearman_others": spearman(others["value"], others["score"]),
+                "spread_others": others["score"].max() - others["score"].min(),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -77,6 +80,7 @@ def summary(table: pd.DataFrame, nulls: Mapping[str, np.ndarray]) -> pd.DataFram
             {
                 "trait": trait, "n": own["n"], "r": own["r"], "low": own["low"], "high": own["high"], "spearman": own["spearman"],
                 "n_others": own["n_others"], "r_others": own["r_others"], "spearman_others": own["spearman_others"],
+                "spread_others": own["spread_others"],
                 "cross_lowest": cross["r"].min(), "cross_highest": cross["r"].max(),
                 "cross_highest_vector": cross.loc[cross["r"].idxmax(), "vector"] if cross["r"].notna().any() else "",
                 "random": len(null), "random_median": np.median(null), "random_95": np.quantile(null, 0.95),
@@ -98,7 +102,8 @@ def draw(values: pd.DataFrame, table: pd.DataFrame, nulls: Mapping[str, np.ndarr
         _scatter(axes[0, i], own, families, severities)
         row = table[(table["trait"] == trait) & table["own"]].iloc[0]
         axes[0, i].set_title(trait, loc="left", fontsize=10, fontweight="bold", color=INK)
-        axes[0, i].set_title(f"r {row['r']:.2f}, others {row['r_others']:.2f}, n {row['n']}", loc="right", fontsize=8, color=GREY)
+        rest = f"{row['r_others']:.2f}" if row["spread_others"] >= SPREAD else f"within {row['spread_others']:.1f} points"
+        axes[0, i].set_title(f"r {row['r']:.2f}, n {row['n']}; others {rest}", loc="right", fontsize=8, color=GREY)
         axes[0, i].set_xlabel(f"{label} along {trait}", fontsize=8)
         _histogram(axes[1, i], table[table["trait"] == trait], nulls[trait])
         if not i:

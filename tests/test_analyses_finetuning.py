@@ -57,6 +57,7 @@ def test_r_stands_beside_r_without_the_data_made_for_the_trait():
     assert not other["own"]
     assert own["n"] == 8
     assert own["n_others"] == 6
+    assert own["spread_others"] == 2.0
     assert own["r"] > 0.9
     assert own["r_others"] == pytest.approx(-1.0)
     assert own["spearman_others"] == pytest.approx(-1.0)
