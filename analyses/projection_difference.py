@@ -27,7 +27,7 @@ import torch
 from analyses import foretelling, tuned
 from analyses.finetuning_shift import write
 from analyses.pipeline import Prepared, parser, prepare
-from analyses.tuned import DataSet, Setting
+from analyses.tuned import DataSet
 from benchmarks.record import check, record
 from pvsae.stages import ScreenConfig, screen
 from pvsae.vectors import PersonaVectors
@@ -49,11 +49,15 @@ def random_vectors(prepared: Prepared, n: int) -> list[str]:
     return files
 
 
-def screened(prepared: Prepared, data: Sequence[DataSet], setting: Setting, traits: Sequence[str], n_random: int) -> pd.DataFrame:
-    """A row a data set, vector (random ones too) and block: dp, dp_prompt_last and what else the stage `screen` finds."""
+def screened(prepared: Prepared, data: Sequence[DataSet], rows: int | None, traits: Sequence[str], n_random: int) -> pd.DataFrame:
+    """A row a data set, vector (random ones too) and block: dp, dp_prompt_last and what else the stage `screen` finds.
+
+    Args:
+        rows: only the first so many of each data set.
+    """
     options = {name: value for name, value in prepared.options.items() if name != "traits"}
     config = ScreenConfig(
-        data=tuple(one.source(setting.rows) for one in data),
+        data=tuple(one.source(rows) for one in data),
         vectors=(prepared.vectors, *random_vectors(prepared, n_random)),
         blocks=tuple(sorted({prepared.blocks[trait] for trait in traits})),
         **options,
@@ -94,11 +98,15 @@ def checks_of(table: pd.DataFrame) -> list[dict[str, object]]:
 def main() -> None:
     made = tuned.options(parser(__doc__ or ""))
     made.add_argument("--null", type=int, default=40, help="random directions, screened with the vectors (default: 40)")
+    made.add_argument(
+        "--screened", type=int, default=200, help="rows of each data set that are screened; 0 for all (default: 200)"
+    )
     args = made.parse_args()
     prepared = prepare(args)
     setting, data = tuned.setting_of(args), tuned.data_of(args, list(prepared.blocks))
     traits = list(dict.fromkeys(one.trait for one in data if one.trait))
-    found = screened(prepared, data, setting, traits, args.null)
+    most = min((n for n in (setting.rows, args.screened) if n), default=None)
+    found = screened(prepared, data, most, traits, args.null)
     before, after = tuned.every(prepared, data, setting)
     scores = tuned.scores_table(before, after, data)
     values, random = beside_scores(found, scores, traits, prepared.blocks)
@@ -117,8 +125,9 @@ def main() -> None:
     print(f"\nr of dP and score: ours {table['r'].min():.2f} to {table['r'].max():.2f}, published {low} to {high}")
     print(f"\nfigure: {figure}\ntables: {folder}/*.csv")
     details = {
-        "setting": setting.name, "blocks": prepared.blocks, "published": PUBLISHED, "summary": foretelling.records(table),
-        "correlations": foretelling.records(correlations), "values": foretelling.records(own),
+        "setting": setting.name, "rows screened": most, "blocks": prepared.blocks, "published": PUBLISHED,
+        "summary": foretelling.records(table), "correlations": foretelling.records(correlations),
+        "values": foretelling.records(own),
     }  # fmt: skip
     record(f"projection_difference_{prepared.out.name}", checks_of(table), details)
 
