@@ -14,6 +14,7 @@ import torch
 from analyses import foretelling, tuned
 from analyses.finetuning_shift import checks_of, shift
 from analyses.pipeline import Prepared, parser
+from analyses.projection_difference import beside_scores
 from pvsae import load
 from pvsae.errors import UserError
 
@@ -117,6 +118,23 @@ def test_checks_count_a_rise_only_where_the_data_never_show_the_trait():
     for shown, ok in ((0.0, True), (40.0, False)):
         narrow = pd.DataFrame([{"rise": 50.0, "shown": shown}])
         assert [one["ok"] for one in checks_of(scores, narrow, table)] == [True, ok, False, True]
+
+
+def test_random_directions_are_told_from_vectors_and_blocks_from_each_other():
+    scores = made_up().query("vector == 'evil'").drop(columns=["vector", "value"]).assign(before=0.0, rise=0.0, coherence=99.0)
+    rows = [
+        {"data": name, "vector": vector, "block": block, "dp": 100.0 * block + 10.0 * v + d}
+        for d, name in enumerate(reversed(scores["data"].tolist()))
+        for v, vector in enumerate(("evil", "sycophantic", "random-000", "random-001"))
+        for block in (1, 2)
+    ]
+    values, nulls = beside_scores(pd.DataFrame(rows), scores, ["evil"], {"evil": 2})
+    own = values[values["vector"] == "evil"]
+    assert own["data"].tolist() == scores["data"].tolist()
+    assert own["value"].tolist() == [200.0 + d for d in range(7, -1, -1)]
+    assert own["score"].tolist() == scores["score"].tolist()
+    assert set(values["vector"]) == {"evil", "sycophantic"}
+    assert nulls["evil"].tolist() == [[200.0 + 10 * v + d for d in range(7, -1, -1)] for v in (2, 3)]
 
 
 def test_a_finetune_is_measured_once_and_read_back(tmp_path: Path):
