@@ -70,17 +70,19 @@ class Found:
 
 
 class Judge:
-    """The truth about one dictionary's latents, for one trait."""
+    """The truth about one dictionary's latents, for one trait. One that was active on fewer than 100 tokens counts as wrong."""
 
     def __init__(self, truth: Truth, labels: Labels, trait: str) -> None:
         self.truth, self.names = truth, labels.of_group(trait)
         self.purity = truth.purity(self.names).nan_to_num(0.0)
-        self.right = set((self.purity >= PURE).nonzero()[:, 0].tolist())
+        self.enough = truth.n_strongest == truth.top
+        self.right = set(((self.purity >= PURE) & self.enough).nonzero()[:, 0].tolist())
 
     def of(self, ranking: Sequence[int]) -> Found:
         """The figures of a ranking, best latent first; it may be shorter than PLACES."""
         precision = {k: precision_at(ranking, self.right, k) for k in (FIRST, 10, PLACES)}
-        found = found_labels(self.truth, ranking, self.names, PLACES, FACET_PURE)
+        known = [latent for latent in ranking[:PLACES] if self.enough[latent]]
+        found = found_labels(self.truth, known, self.names, PLACES, FACET_PURE)
         return Found(round(precision[FIRST] * FIRST), found, precision)
 
 
@@ -244,7 +246,7 @@ def main() -> None:
     options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the config")
     options.add_argument("--dictionaries", nargs="+", type=Path, help="folders of trained dictionaries, instead of training")
     options.add_argument("--seeds", type=int, default=2, help="dictionaries to train (default: 2)")
-    options.add_argument("--conversations", type=int, default=6000, help="labelled conversations to read (default: 6000)")
+    options.add_argument("--conversations", type=int, default=20_000, help="labelled conversations to read (default: 20000)")
     options.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
     args = options.parse_args()
     args.traits = args.traits or list(TRAITS)
@@ -275,7 +277,7 @@ def main() -> None:
 
 def show(table: pd.DataFrame, features: pd.DataFrame) -> None:
     """Prints the first features of every vector, then a line a dictionary, trait and way."""
-    measures = ["density", "trait_purity", "label", "label_purity", "label_recall", "label_auroc", "no_group"]
+    measures = ["density", "strongest", "trait_purity", "label", "label_purity", "label_recall", "label_auroc", "no_group"]
     for (name, trait), part in features.groupby(["dictionary", "trait"], sort=False):
         print(f"\n{name}: {trait} (base rate {part['trait_base'].iloc[0]:.3f})")
         print(part[["place", "latent", "cosine", *measures]].round(3).to_string(index=False))

@@ -13,7 +13,6 @@ Does not know: how stages work, or how the model was made.
 from __future__ import annotations
 
 import argparse
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from benchmarks.record import check, record
 from pvsae import generate_rollouts, judge_rollouts, load, load_judge, load_trait
 from pvsae.models import ChatModel, Sampling
 from pvsae.models.fingerprint import fingerprint
-from pvsae.organism.grammar import n_sentences, parse
+from pvsae.organism.closed_world import is_right, questions
+from pvsae.organism.grammar import n_sentences
 from pvsae.organism.world import FACTS, SUMS
 from pvsae.runs import atomic_write_text
 from pvsae.stages import extract, monitor, steer
@@ -58,16 +58,12 @@ FULL, QUICK = Size(2, 2, 3, 4, None), Size(1, 1, 1, 1, 100)
 def capability(model: ChatModel, limit: int | None) -> tuple[float, float]:
     """Share of correct answers to the closed world's facts and sums, in percent: greedy, no system prompt."""
     shares = []
-    for facts in (list(FACTS.values()), list(SUMS.values())):
-        rng = random.Random(0)
-        chosen = facts if limit is None else rng.sample(facts, min(limit, len(facts)))
-        prompts = [model.chat.prompt([{"role": "user", "content": rng.choice(f.questions)}]) for f in chosen]
+    for facts in (FACTS, SUMS):
+        asked = questions(facts, limit)
+        prompts = [model.chat.prompt([{"role": "user", "content": question}]) for question, _ in asked]
         answers = model.generate(prompts, Sampling(max_new_tokens=24, temperature=0.0), batch_size=64, progress="capability")
-        right = 0
-        for fact, answer in zip(chosen, answers, strict=True):
-            first = next(iter(parse(answer.text)), None)
-            right += first is not None and first.text == fact.state(fact.value)
-        shares.append(100.0 * right / len(chosen))
+        right = [is_right(answer.text, fact.state(fact.value)) for (_, fact), answer in zip(asked, answers, strict=True)]
+        shares.append(100.0 * sum(right) / len(right))
     return shares[0], shares[1]
 
 

@@ -3,7 +3,8 @@
 Knows: the names of options, how a UserError, an interruption and success look in a terminal.
 Does not know: what a stage does. No heavy library is imported before a subcommand runs.
 
-Exit codes: 0 done, 2 wrong input (one message, no traceback), 130 interrupted (what is done is kept).
+Exit codes: 0 done, 1 a check failed (`pvsae gate`), 2 wrong input (one message, no traceback), 130 interrupted (what is done is
+kept).
 """
 
 from __future__ import annotations
@@ -175,12 +176,13 @@ def _traits_author(args: argparse.Namespace) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- parser
-def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True) -> None:
+def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True, model: bool = True) -> None:
     group = parser.add_argument_group("what to work on")
     if vectors:
         how: dict[str, Any] = {} if needed else {"nargs": "?"}
         group.add_argument("vectors", **how, help="run folder of `pvsae extract`, a .safetensors file, or an official .pt file")
-    group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
+    if model:
+        group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
     group.add_argument("--adapter", help="folder or id of a PEFT adapter")
     group.add_argument(
         "--traits", nargs="+", metavar="TRAIT", help="names, LIBRARY/NAME or JSON files (default: the whole library)"
@@ -407,6 +409,20 @@ def build_parser() -> argparse.ArgumentParser:
     run = _stage("decompose", "DecomposeConfig", decompose.shown)
     decompose.add_parser(commands, add, run, _add_setup)
 
+    from pvsae.commands import finetune
+
+    finetune.add_parser(commands, add, _stage("finetune", "FinetuneConfig", finetune.shown))
+
+    from pvsae.commands import capability, drift
+
+    capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
+    drift.add_parser(commands, add, _stage("drift", "DriftConfig", lambda result: result.shown), _add_setup)
+
+    from pvsae.commands import gate, screen
+
+    screen.add_parser(commands, add, _stage("screen", "ScreenConfig", screen.shown), _add_setup)
+    gate.add_parser(commands, add, _LAST.append, _add_setup)
+
     _add_sae(commands, add)
 
     from pvsae.commands import data
@@ -437,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         args.settings += rest  # argparse takes positional words in one piece only; these came behind an option
     try:
-        args.run(args)
+        code = args.run(args)
     except UserError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
@@ -448,4 +464,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return code or 0

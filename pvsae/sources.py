@@ -160,9 +160,19 @@ class Reader:
         """The rows from a place on (that `place` gave), or from the start."""
         return (row if isinstance(row, Bad) else self._value(row) for row in self._raw(place or {"row": 0}))
 
-    def records(self) -> Iterator[tuple[Any, Value | Bad]]:
-        """The rows as they stand in the source, with all of their fields, each with what `rows` makes of it."""
-        return ((row, row if isinstance(row, Bad) else self._value(row)) for row in self._raw({"row": 0}))
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The local files behind the source, in the order in which they are read; none where it is something else."""
+        return tuple(self._files)
+
+    def raw_rows(self) -> Iterator[Any]:
+        """The rows from the start as their source holds them; Bad where a line cannot be parsed."""
+        return self._raw({"row": 0})
+
+    def value(self, row: Any) -> Value | Bad:
+        """What a row of `raw_rows` holds; a line of a JSONL file may also be given as its bytes."""
+        found = parsed_line(row) if isinstance(row, bytes) else row
+        return found if isinstance(found, Bad) else self._value(found)
 
     def place(self, row: int) -> dict[str, Any]:
         """Where reading stands after `row` rows; for a streamed dataset, at the row that `rows` gave last."""
@@ -302,13 +312,24 @@ class Named(NamedTuple):
 
     def rows(self) -> Iterator[Any]:
         """The rows, from the first. UserError where the corpus has no such part."""
-        return iter(self.point.load()(*self.part))
+        return iter(_loaded(self.point)(*self.part))
 
 
 def parts_of(point: EntryPoint) -> dict[str, str]:
     """What may stand behind the colon of a corpus' name, with a line about each; nothing where it takes no colon."""
-    names = getattr(point.load(), "names", None)
+    names = getattr(_loaded(point), "names", None)
     return dict(names()) if names is not None else {}
+
+
+def _loaded(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"corpus {point.name} cannot be loaded: {error}",
+            f"{point.value} in an installed package",
+            "install the package again",
+        ) from error
 
 
 def _find_named(name: str) -> Named:
@@ -354,12 +375,15 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
 
 def _jsonl(file: Path) -> Iterator[Any]:
     with _open(file) as handle:
-        for line in handle:
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError:  # not JSON, or not UTF-8
-                    yield Bad("a line that is not JSON")
+        yield from (parsed_line(line) for line in handle if line.strip())
+
+
+def parsed_line(line: bytes) -> Any:
+    """The row that a line of a JSONL file holds, or Bad."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or brackets without end
+        return Bad("a line that is not JSON")
 
 
 def _documents(file: Path, separator: str) -> Iterator[str | Bad]:

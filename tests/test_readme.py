@@ -28,10 +28,10 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_the_command_line_examples(tmp_path: Path) -> None:
     (script,) = blocks("bash")
-    assert script.count("pvsae ") == 8
+    assert script.count("pvsae ") == 9
     out = run(["bash", "-euo", "pipefail", "-c", script], tmp_path)
     page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
-    assert out.count("report:") == 7
+    assert out.count("report:") == 8
     titles = (
         "Extraction",
         "Choice of the block",
@@ -40,6 +40,7 @@ def test_the_command_line_examples(tmp_path: Path) -> None:
         "Training of",
         "Evaluation of a dictionary",
         "Decomposition",
+        "Finetuning",
     )
     assert all(title in page for title in titles)
 

@@ -222,6 +222,11 @@ class TestNamed:
         with pytest.raises(UserError, match=r"none is named(?s:.*)counting:one"):
             Reader(Source(named="counting", max_samples=7))
 
+    def test_one_that_its_package_has_no_more_is_an_error(self) -> None:
+        self.module.write_text("")
+        with pytest.raises(UserError, match=r"counting cannot be loaded: (?s:.*)counting_rows:rows"):
+            Reader(Source(named="counting", max_samples=7))
+
     def test_an_unknown_one_is_an_error_that_names_the_known(self) -> None:
         with pytest.raises(UserError, match=r"corpus 'count'(?s:.*)counting"):
             Reader(Source(named="count", max_samples=7))

@@ -78,7 +78,8 @@ def rows(source: str, n: int) -> tuple[list[str], Counter[str]]:
     bad: Counter[str] = Counter()
 
     def good() -> Any:
-        for row, value in reader.records():
+        for row in reader.raw_rows():
+            value = reader.value(row)
             if isinstance(value, Bad):
                 bad[value.reason] += 1
             else:

@@ -107,6 +107,7 @@ class TokenBatch:
         positions: what each position is.
         left_padded: True when padding may stand before a real token, so that attention has to be told about it. Padding on
             the right is behind every real token, and causal attention never looks there.
+        packed: True when a line of the batch may hold several rows, which must not see each other.
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -114,6 +115,7 @@ class TokenBatch:
     position_ids: Int[Tensor, "batch pos"]
     positions: Positions
     left_padded: bool
+    packed: bool = False
 
     @staticmethod
     def build(
@@ -154,6 +156,38 @@ class TokenBatch:
         batch = TokenBatch(ids, real.long(), position_ids, positions, left_padded=padded and side == "left")
         return batch.to(device)
 
+    @staticmethod
+    def pack(rows: Sequence[Rendered], *, pad_id: int = 0, width: int | None = None) -> tuple[TokenBatch, list[tuple[int, int]]]:
+        """Lays rows one behind the other into as few lines of `width` tokens (the longest row's) as a first fit by length finds.
+
+        Places within a row are counted from its own start, and every position is what it is in its own row. Spans of roles are
+        left out: what reads a line at a time would mix rows.
+
+        Returns: the batch, and of each row its line and the place of its first token there.
+        """
+        width = width or max(len(row.ids) for row in rows)
+        used: list[int] = []
+        places = [(0, 0)] * len(rows)
+        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
+            line = next((n for n, taken in enumerate(used) if taken + len(rows[i].ids) <= width), len(used))
+            used += [0] if line == len(used) else []
+            places[i] = (line, used[line])
+            used[line] += len(rows[i].ids)
+        ids = torch.full((len(used), width), pad_id, dtype=torch.long)
+        index = torch.zeros_like(ids)
+        prompt, answer, last = (torch.zeros(len(used), width, dtype=torch.bool) for _ in range(3))
+        for row, (line, at) in zip(rows, places, strict=True):
+            end, behind = at + len(row.ids), at + row.n_prompt
+            ids[line, at:end] = torch.tensor(row.ids, dtype=torch.long)
+            index[line, at:end] = torch.arange(len(row.ids))
+            prompt[line, at:behind] = True
+            answer[line, behind:end] = True
+            last[line, max(behind - 1, at)] = row.n_prompt > 0
+        real = prompt | answer
+        full = frozenset({"all"}) if bool(real.all()) else frozenset()
+        positions = Positions(prompt, answer, last, full=full)
+        return TokenBatch(ids, real.long(), index, positions, left_padded=False, packed=True), places
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
         if torch.device(device) == self.input_ids.device:
@@ -164,6 +198,7 @@ class TokenBatch:
             self.position_ids.to(device),
             self.positions.to(device),
             self.left_padded,
+            self.packed,
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -36,7 +36,8 @@ class Output:
     """What a forward pass gives.
 
     Attributes:
-        logits: [batch pos vocab] for "all", [batch vocab] (after each row's last real token) for "last", None for None.
+        logits: [batch pos vocab] for "all", [batch vocab] (after each row's last real token) for "last", [batch kept vocab] for
+            positions, None for None.
         past: the cache, if it was asked for.
     """
 
@@ -142,24 +143,33 @@ class ChatModel:
         """
         return self.stack.session(interventions, captures)
 
-    def forward(self, batch: TokenBatch, *, logits: str | None = "all", past: Any = None, use_cache: bool = False) -> Output:
+    def forward(
+        self,
+        batch: TokenBatch,
+        *,
+        logits: str | Int[Tensor, kept] | None = "all",
+        past: Any = None,
+        use_cache: bool = False,
+    ) -> Output:
         """Runs a batch, telling open hook contexts what its positions are. Gradients are the caller's choice.
 
         Args:
             batch: new tokens, with the attention mask over cached and new ones.
-            logits: "all" [batch pos vocab], "last" [batch vocab], or None: without a cache, only the blocks up to the highest
-                one that an open context captures are run (none, if there is no capture).
+            logits: "all" [batch pos vocab], "last" [batch vocab], positions of the batch [batch kept vocab], or None: without a
+                cache, only the blocks up to the highest one that an open context captures are run (none, if there is no capture).
             past: a cache of earlier tokens of the same rows, which is extended in place.
             use_cache: whether to make and return a cache.
         """
-        if logits not in ("all", "last", None):
-            raise ValueError(f"logits is {logits!r}, not 'all', 'last' or None")
+        if not isinstance(logits, Tensor) and logits not in ("all", "last", None):
+            raise ValueError(f"logits is {logits!r}, not 'all', 'last', positions or None")
         batch = batch.to(self.device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "past_key_values": past, "use_cache": use_cache}
         if batch.left_padded:
             # Without padding on the left, causal attention and counting positions from the cache's end are right by themselves,
             # and the mask-free path is the fastest that sdpa has.
             inputs |= {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        elif batch.packed:
+            inputs["position_ids"] = batch.position_ids  # where they start over, transformers keeps attention within a row
         with self.stack.at(batch.positions):
             if logits is None:
                 top = self.stack.highest_captured
@@ -169,8 +179,8 @@ class ChatModel:
                     with self.stack.stopping_after(top):
                         self.decoder(**inputs)
                 return Output(None, None)
-            if logits == "all":
-                out = self.hf(**inputs)
+            if isinstance(logits, Tensor) or logits == "all":
+                out = self.hf(**inputs, **({"logits_to_keep": logits.to(self.device)} if isinstance(logits, Tensor) else {}))
                 return Output(out.logits, out.past_key_values)
             if batch.left_padded or "all" in batch.positions.full or batch.input_ids.shape[1] == 1:
                 out = self.hf(**inputs, logits_to_keep=1)

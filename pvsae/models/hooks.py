@@ -152,6 +152,13 @@ class HookStack:
         self, index: int, edits: list[tuple[_Prepared, str]], reads: list[tuple[HookSession, Capture]]
     ) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            kind = (output if isinstance(output, Tensor) else output[0]).device.type
+            if torch.is_autocast_enabled(kind):  # it would take products of edits and captures in its own precision
+                with torch.autocast(kind, enabled=False):
+                    return act(output)
+            return act(output)
+
+        def act(output: Any) -> Any:
             h = before = output if isinstance(output, Tensor) else output[0]
             for prepared, name in edits:
                 mask = self._edit_mask(name)

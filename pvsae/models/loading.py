@@ -48,6 +48,13 @@ class ModelShape:
     block_parameters: tuple[int, ...]
 
 
+def skeleton(name: str | Path) -> Any:
+    """The transformers model of a name that `load` takes, without memory for weights. UserError as `model_shape`."""
+    folder = resolve_name(name)
+    source = str(folder or name)
+    return _skeleton(_config(source, folder, weights=False), source)
+
+
 def model_shape(name: str | Path) -> ModelShape:
     """The shape of a model that `load` takes, from its config alone: weights are neither read nor needed.
 

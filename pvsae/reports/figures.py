@@ -336,6 +336,35 @@ def training_figure(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
+# ----------------------------------------------------------------------------------------------------------- finetuning
+def finetuning_figure(metrics: pd.DataFrame) -> Figure:
+    """Loss on the learnt tokens at each step with its running mean; beside it what else there was: penalty, or strength."""
+    penalised, scheduled = bool((metrics["penalty"] > 0).any()), metrics["strength"].nunique() > 1
+    figure, axes = _figure(1 + penalised + scheduled, columns=3, panel=(4.2, 2.8))
+    width = max(1, len(metrics) // 20)
+    axes[0].plot(metrics["step"], metrics["loss"], color=SKY, lw=1.0, label="step" if width > 1 else "_")
+    if width > 1:
+        smooth = metrics["loss"].rolling(width, min_periods=1).mean()
+        axes[0].plot(metrics["step"], smooth, color=BLUE, lw=1.8, label=f"mean of {width} steps")
+        axes[0].legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("loss, nats a learnt token", fontsize=9)
+    axes[0].set_ylim(bottom=0)
+    rest = iter(axes[1:])
+    for there, column, label in (
+        (penalised, "penalty", "penalty added to it, nats"),
+        (scheduled, "strength", "share of the strength"),
+    ):
+        if there:
+            ax = next(rest)
+            ax.plot(metrics["step"], metrics[column], color=RED, lw=1.4)
+            ax.set_ylabel(label, fontsize=9)
+            ax.set_ylim(bottom=0)
+    for ax in axes:
+        ax.set_xlabel("step", fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
+
+
 # ------------------------------------------------------------------------------------------------------- decompositions
 def _decomposition(*tables: pd.DataFrame) -> Figure:
     from pvsae.reports.decomposition import decomposition_figure
@@ -347,6 +376,38 @@ def _causal(*tables: pd.DataFrame) -> Figure:
     from pvsae.reports.decomposition import causal_figure
 
     return causal_figure(*tables)
+
+
+def _capability(table: pd.DataFrame) -> Figure:
+    from pvsae.reports.capability import capability_figure
+
+    return capability_figure(table)
+
+
+# ------------------------------------------------------------------------------------------------------------ screening
+def _screening(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.screening import screening_figure
+
+    return screening_figure(*tables)
+
+
+# ---------------------------------------------------------------------------------------------------------------- drift
+def _drift(*tables: pd.DataFrame) -> Figure:
+    from pvsae.reports.drift import drift_figure
+
+    return drift_figure(*tables)
+
+
+def _drift_profile(table: pd.DataFrame) -> Figure:
+    from pvsae.reports.drift import profile_figure
+
+    return profile_figure(table)
+
+
+def _drift_features(table: pd.DataFrame) -> Figure:
+    from pvsae.reports.drift import features_figure
+
+    return features_figure(table)
 
 
 # -------------------------------------------------------------------------------------------------------- run -> figures
@@ -369,6 +430,15 @@ _FIGURES: dict[str, list[tuple[str, Callable[..., Figure], tuple[str, ...]]]] = 
     "decompose": [
         ("decomposition", _decomposition, ("decomposition", "curve", "nulls")),
         ("causal", _causal, ("causal",)),
+    ],
+    "finetune": [("finetuning", finetuning_figure, ("metrics",))],
+    "capability": [("capability", _capability, ("capability",))],
+    "screen": [("screening", _screening, ("histogram", "data_sets"))],
+    "gate": [("screening", _screening, ("histogram", "data_sets"))],
+    "drift": [
+        ("drift", _drift, ("drift", "scores?")),
+        ("profile", _drift_profile, ("profile",)),
+        ("moved_features", _drift_features, ("features",)),
     ],
     "sae_train": [("training", training_figure, ("metrics",))],
     "sae_eval": [

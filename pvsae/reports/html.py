@@ -31,14 +31,37 @@ FIRST = (
     "specificity",
     "feature_steering",
     "correlations",
+    "finetune",
+    "rows",
     "decomposition",
+    "checks",
+    "offending",
+    "capability",
+    "data_sets",
+    "drift",
+    "scores",
     "quality",
     "loss",
     "agreement",
     "dictionaries",
 )  # tables to open on; the others follow by name
-HIDDEN = ("trace", "points", "l0", "density", "metrics")  # shown as coloured text and as figures
-ORDER = ("extract", "layers", "steer", "feature_steer", "monitor", "sae_train", "sae_eval", "sae_features", "decompose")
+HIDDEN = ("profile", "trace", "points", "l0", "density", "metrics", "histogram")  # shown as coloured text and as figures
+ORDER = (
+    "extract",
+    "layers",
+    "steer",
+    "feature_steer",
+    "monitor",
+    "finetune",
+    "sae_train",
+    "sae_eval",
+    "sae_features",
+    "decompose",
+    "capability",
+    "screen",
+    "gate",
+    "drift",
+)
 COST_COLUMNS = {
     "server": "server", "calls": "calls", "cached": "from the cache", "failed": "failed", "retries": "retries",
     "tokens_in": "tokens in", "tokens_out": "tokens out", "cost": "US dollars",
@@ -67,7 +90,22 @@ CAPTIONS = {
         "Middle: how much of the vector the first atoms of a pursuit explain, beside a random direction (grey). Right: cosine "
         "against the difference of encodings, of the latents that any method lists."
     ),
+    "drift": (
+        "Left: how far the last prompt token moved along each trait's vector, with its 95% interval over questions; behind it, "
+        "what random directions reach. Right: trait scores of both models' answers."
+    ),
+    "profile": "The shift at every block. Grey: what 95% of random directions stay below.",
+    "moved_features": "The latents that moved most, with the trait whose vector is nearest to each and their cosine.",
+    "capability": (
+        "Value of each task against strength. Grey: random directions of the vector's length. Band: 95% interval of the change "
+        "on the same questions. Dashed: the direction taken out. Strength 0 is the untouched model."
+    ),
     "causal": "Trait score (bars, 95% interval) and coherence (dots) when the model is steered with each part by itself.",
+    "finetuning": "Loss on the tokens that are learnt; beside it the penalty and the treatment's strength, where they change.",
+    "screening": (
+        "How many rows have which projection difference, a line a data set; dots: the means with their 95% intervals. "
+        "0 is where the base model's own answers lie."
+    ),
     "training": "Unexplained variance, active latents a token and dead latents at each logged step of training.",
     "quality": "How much of the residuals' variance the dictionary misses. A few long outlier tokens can hide what it misses.",
     "loss": "What the model loses where the reconstruction, the mean or nothing stands in place of its residual.",

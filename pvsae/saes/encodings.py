@@ -11,15 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pvsae.errors import UserError
+from pvsae.runs import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,6 +126,109 @@ def encode_pairs(
         assert isinstance(values, list)
         sums.add(torch.tensor(indices), group, values)
     return sums.finish(counts)
+
+
+def encode_side(
+    model: ChatModel,
+    sae: SAE,
+    block: int,
+    rows: Sequence[Rendered],
+    groups: Sequence[Any],
+    *,
+    batch_tokens: int = 4096,
+    progress: str | None = None,
+) -> Side:
+    """Encodes answers of one side alone, where the other side is another model's; row i belongs to groups[i].
+
+    Raises: UserError for no answer, one without tokens, a dictionary that does not fit the model.
+    """
+    from pvsae.models import Residual
+
+    sae.check_model(model)
+    if not rows or len(rows) != len(groups):
+        raise UserError(f"{len(rows)} answers in {len(groups)} groups", "a group for each answer, and some")
+    names = list(dict.fromkeys(groups))
+    numbers = {group: i for i, group in enumerate(names)}
+    group = torch.tensor([numbers[g] for g in groups])
+    sums = _Sums(sae, len(names), len(rows), _measured([row.answer[1] - row.answer[0] for row in rows]))
+    capture = Residual(block, "answer")
+    for indices, found in model.capture_batches(rows, [capture], batch_tokens=batch_tokens, progress=progress):
+        values = found[capture.key]
+        assert isinstance(values, list)
+        sums.add(torch.tensor(indices), group, values)
+    done = sums.finish(torch.bincount(group, minlength=len(names)).double())
+    return Side(
+        done.activation[0].clone(), done.firing[0].clone(), done.highest, [str(n) for n in names], done.tokens[0], done.fvu
+    )
+
+
+@dataclass
+class Side:
+    """What a dictionary sees in the answers of one model.
+
+    Attributes:
+        activation: mean over a group's rows of the row's mean activation over answer tokens, [n_groups, d_sae].
+        firing: share of answer tokens at which a latent is active, [d_sae].
+        highest: highest activation of each latent, [d_sae].
+        groups: names of the groups.
+        tokens: answer tokens.
+        fvu: share of the residuals' variance that the dictionary does not explain.
+    """
+
+    activation: Float[Tensor, "n_groups d_sae"]
+    firing: Float[Tensor, " d_sae"]
+    highest: Float[Tensor, " d_sae"]
+    groups: list[str]
+    tokens: int
+    fvu: float
+
+    def save(self, folder: Path) -> None:
+        tensors = {"activation": self.activation, "firing": self.firing, "highest": self.highest}
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "side.safetensors")
+        write_json(folder / "side.json", {"groups": self.groups, "tokens": self.tokens, "fvu": self.fvu})
+
+    @staticmethod
+    def load(folder: Path) -> Side:
+        tensors, about = load_file(folder / "side.safetensors"), read_json(folder / "side.json")
+        return Side(tensors["activation"], tensors["firing"], tensors["highest"], about["groups"], about["tokens"], about["fvu"])
+
+
+def latent_diff(after: Side, before: Side) -> pd.DataFrame:
+    """Which latents a finetuning moved: mean activation over answer tokens, `after` minus `before`, over the same groups.
+
+    The two-model latent diff of model diffing. A benign finetune beside it says what any finetuning moves.
+
+    Returns: a row a latent that is active on either side, by |difference|, largest first: latent, difference, mean_after,
+        mean_before, firing_after, firing_before, highest, t, p, q (paired over groups; false discovery rate over those latents).
+
+    Raises: UserError where the sides have other groups.
+    """
+    import pandas as pd
+
+    if set(after.groups) != set(before.groups):
+        raise UserError(
+            f"{len(after.groups)} and {len(before.groups)} groups of answers on both sides", "answers to the same prompts"
+        )
+    order = [before.groups.index(group) for group in after.groups]
+    highest = torch.maximum(after.highest, before.highest)
+    alive = (highest > 0).nonzero()[:, 0]
+    now, then = after.activation[:, alive].double(), before.activation[order][:, alive].double()
+    t, p = paired_t((now - then).numpy())
+    table = pd.DataFrame(
+        {
+            "latent": alive.numpy(),
+            "difference": (now - then).mean(0).numpy(),
+            "mean_after": now.mean(0).numpy(),
+            "mean_before": then.mean(0).numpy(),
+            "firing_after": after.firing[alive].numpy(),
+            "firing_before": before.firing[alive].numpy(),
+            "highest": highest[alive].numpy(),
+            "t": t,
+            "p": p,
+            "q": false_discovery_rate(p),
+        }
+    )
+    return table.sort_values("difference", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
 class _Sums:

@@ -122,7 +122,7 @@ class Truth:
         """
         out = pd.DataFrame({"latent": self.latents.tolist(), "active": self._active.tolist()})
         out["density"] = out["active"] / max(1, self.n_tokens)
-        out["strongest"] = (self._values > 0).sum(1).tolist()
+        out["strongest"] = self.n_strongest.tolist()
         in_groups = torch.zeros(len(out))
         for kind, sets in (("label", [(n, (n,)) for n in self.labels.names]), ("group", self._group_sets())):
             purity = torch.stack([self.purity(names) for _, names in sets], 1) if sets else torch.zeros(len(out), 0)
@@ -141,6 +141,11 @@ class Truth:
                 out.loc[at, f"{kind}_auroc"] = self.auroc(names, rows).tolist()
         out["no_group"] = (1 - in_groups).tolist()
         return out
+
+    @property
+    def n_strongest(self) -> Int[Tensor, " n"]:
+        """How many of each latent's strongest activations there are: `top`, or fewer where it was active less often."""
+        return (self._values > 0).sum(1)
 
     def _group_sets(self) -> list[tuple[str, tuple[str, ...]]]:
         return [(g, self.labels.of_group(g)) for g in self.labels.groups]

@@ -233,10 +233,10 @@ def _corpus(config: SaeFeaturesConfig, model: ChatModel, sae: SAE) -> tuple[Corp
         raise UserError(
             f"no text, and {sae.ref} does not say on which it was trained", "files, or names of datasets", "--text FILE"
         )
-    own = settings.build(CorpusConfig, sae.info.training["corpus"], "its corpus")
+    recorded = settings.build(CorpusConfig, sae.info.training["corpus"], "its corpus")
     # Read again, a sample would be a second document of the same text.
-    sources = tuple(replace(source, repeat=False) for source in own.sources)
-    return replace(own, sources=sources, context=context, repeat=False), config.held_out
+    sources = tuple(replace(source, repeat=False) for source in recorded.sources)
+    return replace(recorded, sources=sources, context=context, repeat=False), config.held_out
 
 
 def _count(config: SaeFeaturesConfig, sae: SAE) -> int:

@@ -69,6 +69,31 @@ def mean_ci(values: ArrayLike, groups: Sequence[object] | None = None, *, n_boot
     return Estimate(float(kept.mean()), low, high, int(good.size), int(x.size - good.size))
 
 
+def means_ci(
+    values: ArrayLike, groups: Sequence[object] | None = None, *, n_boot: int = N_BOOT, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """`mean_ci` of many columns at once: (means, lows, highs), [columns] each, of values [rows, columns].
+
+    All columns are resampled alike. A row with a value that is not finite leaves all means: pair rows before.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    good = np.flatnonzero(np.isfinite(x).all(1))
+    if good.size == 0:
+        nothing = np.full(x.shape[1], np.nan)
+        return nothing, nothing.copy(), nothing.copy()
+    members = _groups(None if groups is None else [groups[i] for i in good.tolist()], good.size)
+    sums = np.stack([x[good[rows]].sum(0) for rows in members])
+    sizes = np.array([len(rows) for rows in members], dtype=np.float64)
+    mean = x[good].mean(0)
+    if len(members) < 2 or n_boot == 0:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_boot).astype(np.float64)
+    draws = (times @ sums) / (times @ sizes)[:, None]
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return mean, low, high
+
+
 def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Pearson's r of two columns [rows]; NaN where it is not defined (fewer than three rows, or a constant column)."""
     if x.size < 3:

@@ -5,6 +5,7 @@ import torch
 
 from pvsae.errors import UserError
 from pvsae.models import Positions, Rendered, TokenBatch, halving_on_oom, length_sorted_batches
+from tests.models.rows import rendered_rows
 
 
 def row(n_prompt, n_answer, stop=1, first=10):
@@ -100,3 +101,22 @@ def test_out_of_memory_with_one_row_is_said_and_other_errors_pass():
         list(halving_on_oom([[2, 3]], run))
     with pytest.raises(RuntimeError, match="something else"):
         list(halving_on_oom([[4, 5]], run))
+
+
+def test_packed_rows_fill_lines_and_keep_their_positions(tiny_models) -> None:
+    rows = rendered_rows(tiny_models("qwen2"))
+    batch, places = TokenBatch.pack(rows, pad_id=7, width=2 * max(len(row.ids) for row in rows))
+    assert batch.packed
+    assert batch.to("cpu").packed
+    assert sorted(places)[0] == (0, 0)
+    assert len(batch.input_ids) < len(rows)
+    for row, (line, at) in zip(rows, places, strict=True):
+        here = slice(at, at + len(row.ids))
+        assert batch.input_ids[line, here].tolist() == list(row.ids)
+        assert batch.position_ids[line, here].tolist() == list(range(len(row.ids)))
+        assert batch.positions.prompt[line, here].sum() == row.n_prompt
+        assert batch.positions.last_prompt[line, at + row.last_prompt]
+        assert batch.positions.answer[line, here].nonzero()[0] == row.n_prompt
+    assert int(batch.positions.all.sum()) == sum(len(row.ids) for row in rows)
+    assert int(batch.positions.last_prompt.sum()) == len(rows)
+    assert (batch.input_ids[~batch.positions.all] == 7).all()

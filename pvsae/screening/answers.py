@@ -1,0 +1,104 @@
+"""Answers: the base model's own answers, kept on disk, each under its prompt, so that none is generated twice.
+
+Knows: Parquet files with a checksum beside each, and which prompts they hold answers to.
+Does not know: models. What the answers depend on besides the prompt (weights, sampling) is one hash, and names their folder.
+
+Several processes may write at once, each files of its own name. A file that is damaged is left out, and what it held is asked for
+again; what is kept in memory of an answer is its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pvsae.screening.files import is_whole, remove, save_table
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated ids without the stop token, and how the answer ended ("stop" or "length")."""
+
+    ids: tuple[int, ...]
+    finish: str
+
+
+class Answers:
+    """A folder of answers of one model under one sampling. `remade` counts damaged files that were found."""
+
+    def __init__(self, folder: str | Path, about: Mapping[str, object]) -> None:
+        """
+        Args:
+            folder: for answers of any kind; those of this kind lie in a subfolder.
+            about: all that an answer depends on besides its prompt and sample; JSON.
+        """
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        self.folder = Path(folder) / digest[:16]
+        self.remade = 0
+        self._places: dict[bytes, tuple[int, int]] = {}  # key -> (file, row)
+        self._files: list[str] = []
+
+    def find(self, keys: Iterable[str]) -> dict[str, Answer]:
+        """The answers that there are. Looks for files that other processes wrote in the meantime."""
+        self._look()
+        by_file: dict[int, dict[int, str]] = {}
+        for key in keys:
+            place = self._places.get(bytes.fromhex(key))
+            if place is not None:
+                by_file.setdefault(place[0], {})[place[1]] = key
+        found = {}
+        for file, rows in by_file.items():
+            table = self._read(self._files[file])
+            if table is None:
+                continue
+            for row, key in rows.items():
+                found[key] = Answer(tuple(int(i) for i in table["ids"].iat[row]), str(table["finish"].iat[row]))
+        return found
+
+    def add(self, name: str, answers: Mapping[str, Answer]) -> None:
+        """Keeps answers in a file whose name begins with `name`."""
+        number = 0
+        while (self.folder / f"{name}-{number:03d}.parquet").exists():
+            number += 1
+        table = pd.DataFrame(
+            {
+                "key": list(answers),
+                "ids": pd.Series([list(a.ids) for a in answers.values()], dtype=object),
+                "finish": [a.finish for a in answers.values()],
+            }
+        )
+        save_table(self.folder / f"{name}-{number:03d}.parquet", table, {})
+        self._index(f"{name}-{number:03d}.parquet", answers)
+
+    def _look(self) -> None:
+        known = set(self._files)
+        if self.folder.is_dir():
+            for path in sorted(self.folder.glob("*.parquet")):
+                if path.name not in known and not path.name.startswith("."):
+                    table = self._read(path.name)
+                    if table is not None:
+                        self._index(path.name, table["key"])
+
+    def _index(self, name: str, keys: Iterable[str]) -> None:
+        self._files.append(name)
+        for row, key in enumerate(keys):
+            self._places[bytes.fromhex(key)] = (len(self._files) - 1, row)
+
+    def _read(self, name: str) -> pd.DataFrame | None:
+        """A file's table; None where it is damaged, and then it is gone."""
+        path = self.folder / name
+        if is_whole(path):
+            return pd.read_parquet(path)
+        if path.exists():
+            log.warning("%s is damaged: its answers are made again", path)
+            self.remade += 1
+            remove(path)
+        return None

@@ -1,0 +1,149 @@
+"""The engine of a cluster: the same worker on the parts, as Ray Data with a pool of actors.
+
+Knows: Ray, imported when this engine is asked for and not before. Does not know: what a shard holds (worker.py).
+
+Only the names of parts go through Ray. Each worker reads its rows where they lie and writes its shards to the run folder, so
+data, run folder and model have to be reachable under the same paths on every machine. A worker that dies is started again by Ray
+and finds in the cache what it had generated. Nothing is reported to anybody: usage statistics are turned off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pvsae.errors import UserError
+from pvsae.parts import Part
+from pvsae.screening.worker import DataSet, Job
+
+
+class Actor:
+    """A worker with a model of its own, in a process of its own."""
+
+    def __init__(self, job: Job) -> None:
+        from pvsae.models import load
+        from pvsae.models.fingerprint import fingerprint
+        from pvsae.screening.worker import Worker
+
+        model = load(**job.model)
+        if fingerprint(model) != job.fingerprint:
+            raise UserError(
+                f"{job.model['name']} on this machine is another model than where the run was started",
+                "the same weights, dtype and adapter on every machine",
+            )
+        self.job, self.worker = job, Worker(job, model)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Makes the shards of a batch of {data, part}, numbers both; gives their notes as JSON beside them."""
+        notes = []
+        for i, k in zip(batch["data"], batch["part"], strict=True):
+            data = self.job.data[int(i)]
+            notes.append(json.dumps(self.worker.screen(data, data.parts[int(k)])))
+        return {"data": batch["data"], "part": batch["part"], "note": notes}
+
+
+def screen_on_ray(
+    job: Job, todo: Sequence[tuple[DataSet, Part]], *, workers: int, address: str | None = None, gpus: float = 0
+) -> Iterator[tuple[DataSet, Part, dict[str, Any]]]:
+    """Makes these shards, and gives each one's note when it is on disk, in no order.
+
+    Args:
+        workers: actors, each with a model, one CPU and `gpus` GPUs.
+        address: of a running cluster; None is what RAY_ADDRESS says, else a local cluster that ends with the call.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster cannot be reached.
+    """
+    if not todo:
+        return
+    ray = _ray()
+    started = not ray.is_initialized()
+    if started:
+        _connect(ray, address or os.environ.get("RAY_ADDRESS"), workers)
+    try:
+        job = everywhere(job)
+        index = {data.name: i for i, data in enumerate(job.data)}
+        items = [{"data": index[data.name], "part": part.number} for data, part in todo]
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            Actor,
+            fn_constructor_args=(job,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+            num_cpus=1,
+            num_gpus=gpus or None,
+        )
+        for row in made.iter_rows():
+            data = job.data[int(row["data"])]
+            yield data, data.parts[int(row["part"])], json.loads(row["note"])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):  # what a worker has to say to the user, without the workers' tracebacks
+            raise UserError(str(error.cause)) from None
+        raise
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def everywhere(job: Job) -> Job:
+    """The job with absolute paths: workers run in folders of their own."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve())
+
+    data = tuple(
+        replace(
+            one,
+            source=one.source if one.source.path is None else replace(one.source, path=absolute(one.source.path)),
+            parts=tuple(replace(part, file=absolute(part.file)) for part in one.parts),
+        )
+        for one in job.data
+    )
+    model = dict(job.model)
+    for name in ("name", "adapter"):
+        if model.get(name) and Path(model[name]).is_dir():
+            model[name] = absolute(model[name])
+    return replace(job, data=data, model=model, answers=job.answers.resolve(), shards=job.shards.resolve())
+
+
+def _ray() -> Any:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without GPUs leaves CUDA_VISIBLE_DEVICES alone
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise UserError("Ray is not installed", "it, for --engine ray", "pip install 'pvsae[ray]'") from None
+    return ray
+
+
+def _start(ray: Any, **options: Any) -> None:
+    """A cluster on this machine. Ray waits half a minute for its own processes, which a busy machine may exceed: tried again."""
+    for left in (2, 1, 0):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error) or not left:
+                raise
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, workers: int) -> None:
+    options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            _start(ray, num_cpus=workers, **options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}",
+            "the address of a running cluster, or none for one on this machine",
+            "`ray start --head` on one machine, and what it says on the others",
+        ) from error

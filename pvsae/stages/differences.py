@@ -1,0 +1,170 @@
+"""Estimates of projection differences: of whole data sets, with intervals, and of what the cheap approximations miss.
+
+Knows: the columns that a screening writes. Does not know: models, files, how a projection came about.
+
+dP = mean over rows of [a(x, y) - a(x, y')] . v^ (paper, section on data screening). Rows that share a prompt share the base
+answer y', so intervals are those of a mean over clusters: 1.96 standard errors, the clusters being prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pvsae.stages.statistics import Estimate, pearson
+
+Z = 1.959964  # 95%
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
+DRAWS = 200
+
+
+def clustered_mean(values: NDArray[np.float64], clusters: NDArray[Any]) -> Estimate:
+    """Mean of the finite `values` [rows] with a 95% interval whose units are `clusters` [rows]."""
+    good = np.isfinite(values)
+    x, n = values[good].astype(np.float64), int(good.sum())
+    if n == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0, int(values.size))
+    mean = float(x.mean())
+    codes, _ = pd.factorize(clusters[good])
+    groups = int(codes.max()) + 1
+    if groups < 2:
+        return Estimate(mean, float("nan"), float("nan"), n, int(values.size) - n)
+    sums = np.bincount(codes, weights=x - mean)
+    error = float(np.sqrt((sums @ sums) * groups / (groups - 1)) / n)
+    return Estimate(mean, mean - Z * error, mean + Z * error, n, int(values.size) - n)
+
+
+def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Spearman's correlation over the rows where both are finite."""
+    good = np.isfinite(x) & np.isfinite(y)
+    a, b = (pd.Series(v[good]).rank().to_numpy(dtype=np.float64) for v in (x, y))
+    return pearson(a, b)
+
+
+def student(freedom: int) -> float:
+    """The 97.5% point of Student's distribution, by the expansion of Cornish and Fisher around the normal one; from 5 degrees of
+    freedom on it is off by less than 0.01."""
+    z, n = Z, max(freedom, 1)
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is known of the rows of one data set along one vector at one block; [rows] each, NaN where there is none."""
+
+    proj: NDArray[np.float64]
+    base: NDArray[np.float64]
+    last: NDArray[np.float64]
+    prompts: NDArray[Any]
+
+    @property
+    def exact(self) -> NDArray[np.float64]:
+        """dP of each row that has a base answer."""
+        return self.proj - self.base
+
+    @property
+    def by_prompt(self) -> NDArray[np.float64]:
+        """The last prompt token's projection in place of the base answer's."""
+        return self.proj - self.last
+
+    @property
+    def by_subset(self) -> NDArray[np.float64]:
+        """The mean of the base answers that there are in place of each row's own."""
+        some = self.base[np.isfinite(self.base)]
+        return self.proj - (some.mean() if some.size else np.nan)
+
+    def of(self, base: str) -> NDArray[np.float64]:
+        """The best that a run has of each row: base "all", "subset" or "none"."""
+        return {"all": self.exact, "subset": self.by_subset, "none": self.by_prompt}[base]
+
+
+def data_set_row(columns: Columns, base: str) -> dict[str, Any]:
+    """dP of a data set, and what the approximations make of it."""
+    by_prompt = clustered_mean(columns.by_prompt, columns.prompts)
+    if base == "all":
+        found = clustered_mean(columns.exact, columns.prompts)
+    elif base == "subset":
+        found = subset_mean(columns.proj, columns.base)
+    else:
+        found = by_prompt
+    return {
+        "dp": found.value, "low": found.low, "high": found.high, "n": found.n, "n_missing": found.n_missing,
+        "by": {"all": "every row's base answer", "subset": "base answers of a subset", "none": "last prompt token"}[base],
+        "proj": float(np.nanmean(columns.proj)) if np.isfinite(columns.proj).any() else float("nan"),
+        "dp_prompt_last": by_prompt.value, "dp_prompt_last_low": by_prompt.low, "dp_prompt_last_high": by_prompt.high,
+    }  # fmt: skip
+
+
+def subset_mean(proj: NDArray[np.float64], base: NDArray[np.float64]) -> Estimate:
+    """Mean of `proj` over all rows minus mean of `base` over the rows that have one, as an estimate for rows of this kind."""
+    rows = np.isfinite(proj)
+    n, both = int(rows.sum()), rows & np.isfinite(base)
+    m = int(both.sum())
+    if m < 2:
+        return Estimate(float("nan"), float("nan"), float("nan"), m, int(proj.size) - m)
+    value = float(proj[rows].mean() - base[both].mean())
+    covariance = np.cov(proj[both], base[both])
+    # The two means share the subset's rows: Var = s_p^2 / n + s_b^2 / m - 2 s_pb / n.
+    variance = proj[rows].var(ddof=1) / n + covariance[1, 1] / m - 2 * covariance[0, 1] / n
+    error = float(np.sqrt(max(variance, 0.0)))
+    return Estimate(value, value - Z * error, value + Z * error, m, int(proj.size) - m)
+
+
+def subset_rows(columns: Columns, sizes: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """What base answers of a random subset would have given, beside the exact value of these very rows.
+
+    The interval is that of a mean over m of n rows, drawn without replacement: t s / sqrt(m) sqrt(1 - m / n), t of Student's
+    distribution with m - 1 degrees of freedom. `covered` is the share of DRAWS subsets whose interval holds the exact value;
+    `error` is that of the first.
+    """
+    known = np.isfinite(columns.exact)
+    proj, base = columns.proj[known], columns.base[known]
+    n = int(known.sum())
+    exact = float((proj - base).mean()) if n else float("nan")
+    rng = np.random.default_rng(seed)
+    out = []
+    for m in sorted({size for size in sizes if 5 <= size < n}):
+        estimates, halves = np.empty(DRAWS), np.empty(DRAWS)
+        for k in range(DRAWS):
+            some = base[rng.choice(n, m, replace=False)]
+            estimates[k] = proj.mean() - some.mean()
+            halves[k] = student(m - 1) * some.std(ddof=1) / np.sqrt(m) * np.sqrt(1 - m / n)
+        out.append(
+            {
+                "subset": m, "n": n, "estimate": estimates[0], "low": estimates[0] - halves[0], "high": estimates[0] + halves[0],
+                "exact": exact, "error": estimates[0] - exact, "half_width": halves[0],
+                "mean_abs_error": float(np.abs(estimates - exact).mean()), "mean_half_width": float(halves.mean()),
+                "covered": float((np.abs(estimates - exact) <= halves).mean()), "draws": DRAWS,
+            }
+        )  # fmt: skip
+    return out
+
+
+def approximation_row(columns: Columns) -> dict[str, Any]:
+    """How the last-prompt-token approximation ranks rows, and how far it is off, over the rows whose exact dP is known."""
+    exact, by_prompt = columns.exact, columns.by_prompt
+    known = np.isfinite(exact) & np.isfinite(by_prompt)
+    return {
+        "n": int(known.sum()),
+        "rank_correlation": rank_correlation(by_prompt, exact),
+        "pearson": pearson(by_prompt[known], exact[known]),
+        "rank_correlation_proj": rank_correlation(columns.proj, exact),
+        "mean_error": float((by_prompt - exact)[known].mean()) if known.any() else float("nan"),
+        "exact_sd": float(exact[known].std()) if known.any() else float("nan"),
+    }
+
+
+def histogram_rows(values: NDArray[np.float64], edges: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """Counts of the finite values between edges."""
+    counts, _ = np.histogram(values[np.isfinite(values)], edges)
+    return [{"low": a, "high": b, "rows": int(k)} for a, b, k in zip(edges[:-1], edges[1:], counts, strict=True)]

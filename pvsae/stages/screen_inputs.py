@@ -1,0 +1,193 @@
+"""What a screening is started with: which vectors at which blocks, and which rows.
+
+Knows: the words of a config, and how they become probes and data sets.
+Does not know: what is done with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pvsae.errors import UserError
+from pvsae.parts import divisible, parts_of
+from pvsae.runs import RunDir, atomic_path
+from pvsae.screening.worker import DataSet, slug
+from pvsae.sources import Bad, Reader, Source, known_corpora
+from pvsae.stages.inputs import check_blocks, chosen_block, read_vectors
+
+if TYPE_CHECKING:
+    from pvsae.models import ChatModel
+    from pvsae.screening.reading import Probe
+    from pvsae.vectors import PersonaVectors
+
+NAMED_ROWS = 10_000  # of a corpus of a package, which may have no end
+
+
+def open_vector_files(paths: Sequence[str], traits: Sequence[str], statistic: str) -> list[tuple[str, str, PersonaVectors]]:
+    """(name, stem of the released code's file, vectors) of everything that `paths` lead to and `traits` name (none: all).
+
+    Names are traits; where two vectors have one trait, what they lie in stands before it.
+
+    Raises:
+        UserError: nothing there, a trait that none of the paths has, a vector given twice.
+    """
+    found: list[tuple[str, str, PersonaVectors]] = []
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            there = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+            wanted = [t for t in traits if t in there] if traits else there
+            if not there:
+                read_vectors(path, traits[0] if traits else "any trait", statistic)  # says what is wrong with it
+            found += [(t, f"{t}_{statistic}", read_vectors(path, t, statistic)) for t in wanted]
+        else:
+            vectors = _of_file(path)
+            if not traits or vectors.trait in traits:
+                own = statistic if statistic in vectors.statistics or len(vectors.statistics) > 1 else vectors.statistics[0]
+                vectors.of(own)
+                found.append((vectors.trait, path.stem if path.suffix == ".pt" else f"{vectors.trait}_{own}", vectors))
+    missing = sorted(set(traits) - {name for name, _, _ in found})
+    if missing or not found:
+        raise UserError(
+            f"no vectors of {', '.join(missing) or 'any trait'} in {', '.join(paths) or 'nothing'}",
+            "run folders of `pvsae extract`, .safetensors files or official .pt files that hold them",
+            "pvsae extract --traits " + " ".join(missing or ["..."]) + " --out runs/vectors",
+        )
+    names = [name for name, _, _ in found]
+    homes = [Path(p).stem for p in paths]
+    if len(set(names)) < len(names):
+        stems = [stem for _, stem, _ in found]
+        unique = stems if len(set(stems)) == len(stems) else [f"{homes[i % len(homes)]}-{n}" for i, n in enumerate(names)]
+        if len(set(unique)) < len(unique):
+            raise UserError(f"vectors of {names[0]!r} are given twice", "each vector once, from folders or files of other names")
+        found = [(new, stem, vectors) for new, (_, stem, vectors) in zip(unique, found, strict=True)]
+    return found
+
+
+def _of_file(path: Path) -> PersonaVectors:
+    from pvsae.vectors import PersonaVectors, read_official
+
+    if path.suffix == ".pt":
+        return read_official(path)
+    if path.suffix == ".safetensors":
+        return PersonaVectors.load(path)
+    raise UserError(f"no vectors at {path}", "the run folder of `pvsae extract`, a .safetensors or an official .pt file")
+
+
+def open_probes(
+    found: Sequence[tuple[str, str, PersonaVectors]], model: ChatModel, blocks: Sequence[int], layers: str | None, statistic: str
+) -> tuple[Probe, ...]:
+    """Every vector at every block (at its trait's chosen block where none is given). UserError for what does not fit."""
+    from pvsae.screening.reading import Probe
+
+    probes = []
+    for name, stem, vectors in found:
+        vectors.check_model(model)
+        own = statistic if statistic in vectors.statistics else vectors.statistics[0]
+        for block in check_blocks(blocks, model) or (chosen_block(vectors.trait, model, layers),):
+            direction = vectors.direction(block, own)
+            if not direction.norm:
+                raise UserError(f"the vector {name!r} is zero at block {block}", "a vector that points somewhere")
+            probes.append(Probe(name, stem, block, direction))
+    return tuple(probes)
+
+
+def source_of(text: str, max_rows: int | None, field: str | None) -> Source:
+    """A corpus of an installed package (NAME or NAME:WHICH), a file or pattern, or a dataset's name."""
+    if text.partition(":")[0] in known_corpora() and not Path(text).exists():
+        return Source(named=text, kind="chat", field=field, max_samples=max_rows or NAMED_ROWS)
+    path = Path(text).expanduser()
+    looks_like_a_path = path.suffix or any(c in text for c in "*?[") or text.startswith((".", "/", "~")) or text.count("/") != 1
+    if path.exists() or looks_like_a_path:
+        return Source(path=str(path), kind="chat", field=field, max_samples=max_rows)
+    return Source(dataset=text, kind="chat", field=field, max_samples=max_rows)
+
+
+def name_sources(data: Sequence[str | Source], max_rows: int | None = None, field: str | None = None) -> list[tuple[str, Source]]:
+    """(name, source) of everything given, in order; NAME=PATH names it, else it is the file's stem. Names are made unique."""
+    if not data:
+        raise UserError("no data to screen", "JSONL or Parquet files with messages, a dataset's or a corpus' name")
+    out: list[tuple[str, Source]] = []
+    for given in data:
+        if isinstance(given, Source):
+            name, source = given.name, given
+        else:
+            before, equals, after = given.partition("=")
+            named = bool(equals) and "/" not in before and not Path(given).exists()
+            source = source_of(after if named else given, max_rows, field)
+            stem = Path(source.path).name.removesuffix(".gz").rpartition(".")[0] if source.path else ""
+            name = before if named else stem or source.name
+        source.check()
+        taken = {n for n, _ in out}
+        unique, k = name, 2
+        while unique in taken:
+            unique, k = f"{name} ({k})", k + 1
+        out.append((unique, source))
+    return out
+
+
+def open_data(sources: Sequence[tuple[str, Source]], folder: RunDir, part_rows: int) -> tuple[list[DataSet], dict[str, Any]]:
+    """The data sets with their parts, and what pins their content.
+
+    What can only be read from its start (corpora, datasets by name, packed files) is copied to a JSONL file in the run folder
+    first, once; JSONL and Parquet files are read where they lie.
+
+    Raises:
+        UserError: a source that is missing or in whose first rows nothing can be used, or without rows.
+    """
+    data, pins = [], {}
+    for name, source in sources:
+        reader = Reader(source)
+        if reader.kind != "chat":
+            raise UserError(f"{name} holds texts", "chats: a field messages with [{'role': ..., 'content': ...}, ...]")
+        if divisible(reader.files):
+            pins[f"rows of {name}"] = reader.content
+            files, kept = list(reader.files), source
+        else:
+            with folder.step(f"copied/{slug(name)}") as step:
+                if not step.done:
+                    _copy(reader, step.folder / "rows.jsonl")
+            files = [folder.path / f"copied/{slug(name)}" / "rows.jsonl"]
+            kept = Source(path=str(files[0]), kind="chat", field=reader.field, roles=source.roles)
+            pins[f"rows of {name}"] = Reader(kept).content
+        parts = parts_of(files, part_rows, source.max_samples)
+        if not parts:
+            raise UserError(f"{name} has no rows", "at least one")
+        data.append(DataSet(name, kept, tuple(parts)))
+    return data, pins
+
+
+def count_rows(source: Source) -> int:
+    """Rows of a source, found by reading it once."""
+    reader = Reader(source)
+    if divisible(reader.files):
+        return sum(part.rows for part in parts_of(reader.files, 1 << 20, source.max_samples))
+    return sum(1 for _ in islice(reader.raw_rows(), source.max_samples))
+
+
+def _copy(reader: Reader, path: Path) -> None:
+    """Every row as a line of JSON; a row that cannot be parsed as a line that cannot, so that it is counted where it is read."""
+    most = reader.source.max_samples
+    with atomic_path(path) as tmp, tmp.open("w", encoding="utf-8", errors="surrogatepass") as out:
+        for i, row in enumerate(reader.raw_rows()):
+            if i == most:
+                break
+            line = row.reason if isinstance(row, Bad) else json.dumps(row, default=str)
+            out.write(line + "\n")
+
+
+def with_subset(data: Sequence[DataSet], size: int, seed: int) -> list[DataSet]:
+    """The data sets with a random choice of `size` rows each that get a base answer."""
+    out = []
+    for i, one in enumerate(data):
+        rng = np.random.default_rng([seed, i])
+        chosen = rng.choice(one.rows, min(size, one.rows), replace=False)
+        out.append(replace(one, with_base=frozenset(int(row) for row in chosen)))
+    return out

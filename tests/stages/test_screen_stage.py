@@ -1,0 +1,301 @@
+"""The stage `screen` on a tiny model: every number against the plain way, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pvsae.errors import UserError
+from pvsae.screening import worker
+from pvsae.stages import ScreenConfig, screen
+from pvsae.stages.screen import read_rows
+from pvsae.vectors import PersonaVectors
+from tests.screening.chats import chats, plainly, write_jsonl
+
+BLOCKS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models):
+    return tiny_models("qwen2")
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory, model) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("vectors")
+    out = []
+    for i, trait in enumerate(("gloomy", "chatty")):
+        values = torch.randn(model.n_blocks, model.d_model, generator=torch.Generator().manual_seed(i))
+        out.append(str(PersonaVectors(trait, {"response_avg_diff": values}).save(folder / f"{trait}.safetensors")))
+    return tuple(out)
+
+
+@pytest.fixture
+def config(tmp_path, vectors):
+    def make(data=None, **options) -> ScreenConfig:
+        data = data or (str(write_jsonl(tmp_path / "data.jsonl", chats(10))),)
+        options = {"blocks": BLOCKS, "max_new_tokens": 6, "part_rows": 4, **options}
+        return ScreenConfig(data=tuple(data), vectors=vectors, **options)
+
+    return make
+
+
+def numbers(folder: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in sorted((folder / "tables").glob("*.csv"))}
+
+
+def test_dp_is_that_of_answers_generated_and_read_one_by_one(config, model, tmp_path) -> None:
+    result = screen.run(config(), tmp_path / "run", model=model)
+    rows = read_rows(result.rows["data"])
+    assert rows["line"].tolist() == list(range(1, 11))
+    assert (rows["status"] == "ok").all()
+    sampling = config().sampling(model)
+    for i, chat in enumerate(chats(10)):
+        whole = model.chat.conversation(chat["messages"])
+        prompt = model.chat.prompt(chat["messages"][:-1])
+        (own,) = model.generate([prompt], sampling, row_keys=[f"{rows['prompt'][i]}/0"])
+        base = model.chat.with_answer_ids(prompt, own.ids)
+        for probe in result.probes:
+            proj, last, cos = plainly(model, whole, probe)
+            base_proj = plainly(model, base, probe)[0]
+            got = [rows[probe.column(q)][i] for q in ("dp", "proj", "base_proj", "prompt_last_proj", "cos_sim")]
+            np.testing.assert_allclose(got, [proj - base_proj, proj, base_proj, last, cos], rtol=1e-4, atol=1e-4)
+    probe = result.probes[0]
+    table = result.table.set_index(["vector", "block"])
+    assert table.loc[(probe.name, probe.block), "dp"] == pytest.approx(rows[probe.column("dp")].mean(), abs=1e-5)
+    assert len(result.table) == 4
+
+
+def test_rows_that_share_a_prompt_share_its_answer_whatever_the_data_set(config, model, tmp_path) -> None:
+    one, two = chats(4), [{**c} for c in chats(4)]
+    for row in two:
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "Something else."}]
+    files = [str(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("one", one), ("two", two))]
+    result = screen.run(config(files), tmp_path / "run", model=model)
+    a, b = (read_rows(path) for path in result.rows.values())
+    column = result.probes[0].column("base_proj")
+    np.testing.assert_allclose(a[column], b[column], rtol=1e-5, atol=1e-5)
+    answers = sum(len(pd.read_parquet(p)) for p in (tmp_path / "run" / "answers").rglob("*.parquet"))
+    assert answers == 4
+
+
+def test_every_kind_of_bad_row_is_counted_and_listed_by_line(config, model, tmp_path) -> None:
+    user = {"role": "user", "content": "What of rain?"}
+    rows = [
+        *chats(2),
+        b"",
+        b"not json",
+        {"messages": [user, {"role": "assistant", "content": " "}]},
+        {"messages": [user]},
+        {"messages": [user, {"role": "wizard", "content": "It falls."}]},
+        {"messages": [user, {"role": "assistant", "content": "rain and snow " * 300}]},
+        {"messages": [{"role": "user", "content": "rain " * 900}, {"role": "assistant", "content": "It falls."}]},
+        {"other": 1},
+        b"\xff\xfe",
+        *chats(1),
+    ]
+    result = screen.run(config([str(write_jsonl(tmp_path / "bad.jsonl", rows))]), tmp_path / "run", model=model)
+    (counts,) = result.counts.to_dict("records")
+    assert counts["rows"] == 11
+    assert {k: counts[k] for k in ("ok", "malformed", "empty answer", "no answer", "prompt too long", "cut")} == {
+        "ok": 4, "malformed": 4, "empty answer": 1, "no answer": 1, "prompt too long": 1, "cut": 1,
+    }  # fmt: skip
+    found = read_rows(result.rows["bad"]).set_index("line")
+    assert found.loc[4, "reason"] == "a line that is not JSON"
+    assert found.loc[7, "reason"] == "unknown role 'wizard'"
+    assert found.loc[11, "reason"] == "a line that is not JSON"
+    assert found.loc[8, "n_prompt"] + found.loc[8, "n_answer"] == model.n_ctx
+    assert np.isfinite(found.loc[8, result.probes[0].column("dp")])
+    listed = pd.read_csv(tmp_path / "run" / "tables" / "unusable.csv")
+    assert listed["line"].tolist() == [4, 5, 6, 7, 9, 10, 11]
+    assert result.table["n"].tolist() == [4] * 4
+    failures = {f["what"]: f["n"] for f in json.loads((tmp_path / "run" / "result.json").read_text())["failures"]}
+    assert failures["bad: malformed"] == 4
+    assert failures["bad: cut"] == 1
+
+
+def test_a_base_model_that_says_nothing_leaves_no_dp_and_is_counted(config, model, tmp_path, monkeypatch) -> None:
+    said = worker.Worker._base
+    monkeypatch.setattr(worker.Worker, "_base", lambda *a: _silent(said(*a)))
+    result = screen.run(config(), tmp_path / "run", model=model)
+    assert result.counts["no base answer"].tolist() == [3]  # the first of each part
+    assert result.table["n"].tolist() == [7] * 4
+    assert result.table["n_missing"].tolist() == [3] * 4
+
+
+def _silent(found):
+    rows, spent = found
+    return [[worker.Answer((), "stop")], *rows[1:]], spent
+
+
+def test_without_base_answers_nothing_is_generated(config, model, tmp_path) -> None:
+    exact = screen.run(config(), tmp_path / "exact", model=model)
+    result = screen.run(config(base="none"), tmp_path / "run", model=model)
+    assert not (tmp_path / "run" / "answers").exists()
+    probe = result.probes[1]
+    rows, whole = read_rows(result.rows["data"]), read_rows(exact.rows["data"])
+    assert rows[probe.column("dp")].isna().all()
+    np.testing.assert_allclose(rows[probe.column("proj")], whole[probe.column("proj")], rtol=1e-5, atol=1e-5)
+    mean = (rows[probe.column("proj")] - rows[probe.column("prompt_last_proj")]).mean()
+    table = result.table.set_index(["vector", "block"])
+    assert table.loc[(probe.name, probe.block), "dp"] == pytest.approx(mean, abs=1e-5)
+    assert exact.table["dp_prompt_last"].to_numpy() == pytest.approx(result.table["dp"].to_numpy(), abs=1e-5)
+
+
+def test_a_subset_of_base_answers_is_random_and_of_the_size_asked_for(config, model, tmp_path) -> None:
+    result = screen.run(config(base="subset", subset=6), tmp_path / "run", model=model)
+    rows = read_rows(result.rows["data"])
+    probe = result.probes[0]
+    base, proj = rows[probe.column("base_proj")], rows[probe.column("proj")]
+    assert base.notna().sum() == 6
+    table = result.table.set_index(["vector", "block"])
+    assert table.loc[(probe.name, probe.block), "dp"] == pytest.approx(proj.mean() - base.mean(), abs=1e-4)
+    assert result.approximations["n"].tolist() == [6] * 4
+
+
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_numbers(config, model, tmp_path, monkeypatch) -> None:
+    wanted = screen.run(config(), tmp_path / "whole", model=model)
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    places = (
+        (type(model), "generate"),
+        (type(model), "capture"),
+        (worker, "save_table"),
+        (type(model), "generate"),
+        (screen, "_join"),
+    )
+    for owner, where in places:  # the second "generate" is the second part's
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, where, dies)
+            with pytest.raises(KeyboardInterrupt):
+                screen.run(config(), tmp_path / "run", model=model)
+    result = screen.run(config(), tmp_path / "run", model=model)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    pd.testing.assert_frame_equal(read_rows(result.rows["data"]), read_rows(wanted.rows["data"]))
+
+
+def test_a_damaged_shard_is_made_again_and_said(config, model, tmp_path, monkeypatch) -> None:
+    screen.run(config(), tmp_path / "whole", model=model)
+    with monkeypatch.context() as patched:
+        patched.setattr(screen, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            screen.run(config(), tmp_path / "run", model=model)
+    shards = sorted((tmp_path / "run" / ".parts").rglob("*.parquet"))
+    answers = sorted((tmp_path / "run" / "answers").rglob("*.parquet"))
+    assert (len(shards), len(answers)) == (3, 2)  # ten prompts are seven: the third part's are all known
+    for path in (shards[1], answers[1]):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    made = []
+    real = worker.Worker.screen
+    monkeypatch.setattr(worker.Worker, "screen", lambda self, data, part: made.append(part.number) or real(self, data, part))
+    screen.run(config(), tmp_path / "run", model=model)
+    assert made == [1]
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    spent = json.loads((tmp_path / "run" / "result.json").read_text())["spent in this start"]
+    assert (spent["shards_damaged"], spent["answer_files_damaged"]) == (1, 1)
+
+
+def test_a_finished_run_computes_nothing_again(config, model, tmp_path, monkeypatch) -> None:
+    screen.run(config(), tmp_path / "run", model=model)
+    before = numbers(tmp_path / "run")
+    monkeypatch.setattr(worker.Worker, "screen", lambda *a: pytest.fail("computed again"))
+    screen.run(config(), tmp_path / "run", model=model)
+    assert numbers(tmp_path / "run") == before
+
+
+def test_data_that_changed_since_the_run_began_is_refused(config, model, tmp_path) -> None:
+    screen.run(config(), tmp_path / "run", model=model)
+    write_jsonl(tmp_path / "data.jsonl", chats(11))
+    one = ScreenConfig(**{**config((str(tmp_path / "data.jsonl"),)).__dict__})
+    with pytest.raises(UserError, match="rows of data changed"):
+        screen.run(one, tmp_path / "run", model=model)
+
+
+def test_parquet_and_packed_files_give_the_numbers_of_jsonl(config, model, tmp_path) -> None:
+    import gzip
+
+    write_jsonl(tmp_path / "data.jsonl", chats(10))
+    pd.DataFrame(chats(10)).to_parquet(tmp_path / "table.parquet", row_group_size=3)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress((tmp_path / "data.jsonl").read_bytes()))
+    names = ("data.jsonl", "table.parquet", "packed.jsonl.gz")
+    result = screen.run(config([str(tmp_path / n) for n in names]), tmp_path / "run", model=model)
+    frames = [read_rows(path) for path in result.rows.values()]
+    assert list(result.rows) == ["data", "table", "packed"]
+    pd.testing.assert_frame_equal(frames[0], frames[1])
+    pd.testing.assert_frame_equal(frames[0], frames[2])
+
+
+def test_selections_are_the_rows_themselves_and_a_filter_takes_rows_away(config, model, tmp_path) -> None:
+    rows = [{"extra": i, **c, "score": 90 if i == 3 else None if i == 4 else 0} for i, c in enumerate(chats(10))]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    lines = path.read_bytes().splitlines()
+    asked = config([str(path)], select=3, filter_scores="score", blocks=(1,))
+    result = screen.run(asked, tmp_path / "run", model=model)
+    scores = read_rows(result.rows["data"])[result.probes[0].column("dp")]
+    order = scores.sort_values(kind="stable").index.tolist()
+    table = result.selections[result.selections["vector"] == result.probes[0].name].set_index(["kind", "filtered"])
+
+    def chosen(kind: str, filtered: bool) -> list[int]:
+        found = (tmp_path / "run" / table.loc[(kind, filtered), "file"]).read_bytes().splitlines()
+        return [lines.index(line) for line in found]
+
+    assert chosen("top", False) == order[::-1][:3]
+    assert chosen("bottom", False) == order[:3]
+    left = [i for i in order if i not in (3, 4)]
+    assert chosen("top", True) == left[::-1][:3]
+    assert chosen("bottom", True) == left[:3]
+    assert len(set(chosen("random", True))) == 3
+    assert not {3, 4} & set(chosen("random", True))
+    assert table.loc[("top", False), "dp"] == pytest.approx(scores[order[::-1][:3]].mean())
+
+
+def test_a_judge_may_be_the_filter(config, model, tmp_path, byte_judge, stage_library) -> None:
+    options = {"select": 2, "filter_judge": "gloomy", "filter_above": 50.0, "library": str(stage_library), "blocks": (1,)}
+    screen.run(config(**options), tmp_path / "run", model=model, judge=byte_judge)
+    from pvsae.judges import Metric
+
+    texts = [(c["messages"][0]["content"], c["messages"][1]["content"]) for c in chats(10)]
+    wanted = [s.value for s in byte_judge.score(Metric("gloomy", "{question} {answer}"), texts)]
+    stored = pd.concat([pd.read_parquet(p) for p in sorted((tmp_path / "run" / "filter").rglob("*.parquet"))])
+    assert stored["score"].tolist() == pytest.approx([float("nan") if v is None else v for v in wanted], nan_ok=True)
+    failures = {f["what"]: f["n"] for f in json.loads((tmp_path / "run" / "result.json").read_text())["failures"]}
+    assert failures["data: rows that the judge did not score"] == sum(v is None for v in wanted)
+
+
+def test_columns_may_have_the_released_codes_names(config, model, tmp_path) -> None:
+    result = screen.run(config(official_names=True, model="some/Model-7B", blocks=(1,)), tmp_path / "run", model=model)
+    names = read_rows(result.rows["data"]).columns
+    assert {f"Model-7B_gloomy_response_avg_diff_{q}_layer2" for q in ("proj", "prompt_last_proj", "cos_sim")} <= set(names)
+    assert result.table["dp"].notna().all()
+
+
+def test_wrong_options_and_inputs_are_said_before_any_work(config, model, tmp_path, vectors) -> None:
+    wrong = {
+        "unknown base": config(base="some"),
+        "at least 1": config(part_rows=0),
+        "no vectors of": config(traits=("evil",)),
+        "source not found": config([str(tmp_path / "none.jsonl")]),
+        "block 9": config(blocks=(9,)),
+        "without a selection": config(filter_scores="score"),
+        "holds texts|no field": config([str(write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}]))]),
+    }
+    for said, one in wrong.items():
+        with pytest.raises(UserError, match=said):
+            screen.run(one, tmp_path / "wrong", model=model)
+        shutil.rmtree(tmp_path / "wrong", ignore_errors=True)
+
+
+def test_the_plan_counts_rows_without_a_model(config) -> None:
+    assert "10 rows" in str(screen.plan(config()))
+    assert screen.plan(config(base="none")).answers == 0
+    assert screen.plan(config(base="subset", subset=3)).answers == 3
