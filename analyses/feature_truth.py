@@ -7,7 +7,7 @@
 Trains the shipped dictionary (`MODEL-facets`, or `MODEL`) with two seeds, reads conversations that it never saw, and takes the
 purity of each feature's 100 strongest activations: the share that falls in sentences of the trait, or of one facet. For every
 trait three decompositions of its vector are held against that: highest cosine, difference of encodings, non-negative pursuit.
-Beside cosines and pursuits stand those of null vectors: the same pairs of answers, half of them with their labels swapped.
+Beside all three stand those of nulls: the same pairs of answers, half of them with their labels swapped.
 
 Knows: the embedded models' language, the targets, how rankings are scored. Does not know: how dictionaries are trained or
 vectors extracted.
@@ -16,6 +16,7 @@ vectors extracted.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,18 +114,31 @@ def held_against(saes: Sequence[SAE], model: ChatModel, known: Labels, n: int) -
     return hold_against(saes, model, rows, known, progress="labelled sentences")
 
 
-def rankings(sae: SAE, model: ChatModel, v: Tensor, pairs: Pairs) -> tuple[dict[str, list[int]], Float[Tensor, "n d_model"]]:
-    """The latents of a vector by each way of decomposing it, and the pairs' differences of mean residuals."""
+def rankings(
+    sae: SAE, model: ChatModel, v: Tensor, pairs: Pairs
+) -> tuple[dict[str, list[int]], Float[Tensor, "n d_model"], Float[Tensor, "n d_sae"]]:
+    """The latents of a vector by each way of decomposing it, and the pairs' differences of mean residuals and of encodings."""
     assert sae.info.block is not None
-    encoded = encode_pairs(model, sae, sae.info.block, pairs.sides, pairs.questions, progress="answers")
-    difference = encoded.difference
+    encoded = encode_pairs(model, sae, sae.info.block, pairs.sides, range(len(pairs.questions)), progress="answers")
+    of_pairs = encoded.activation[0] - encoded.activation[1]
+    of_pairs *= _weights(pairs.questions)[:, None]
     solved = pursue(Atoms(sae.W_dec), v, PLACES, nonnegative=True).at_most(PLACES)
     found = {
         "cosine": sae.cosines(v).argsort(descending=True)[:PLACES].tolist(),
-        "difference of encodings": [i for i in difference.argsort(descending=True)[:PLACES].tolist() if difference[i] > 0],
+        "difference of encodings": _highest(of_pairs.mean(0)),
         "pursuit": _by_weight(solved.latents, solved.weights),
     }
-    return found, encoded.row_means[0] - encoded.row_means[1]
+    return found, encoded.row_means[0] - encoded.row_means[1], of_pairs
+
+
+def _weights(questions: Sequence[int]) -> Float[Tensor, " n"]:
+    """What makes a mean over pairs one in which every question counts the same, as in the stage `decompose`."""
+    counts = Counter(questions)
+    return torch.tensor([len(questions) / (len(counts) * counts[q]) for q in questions])
+
+
+def _highest(difference: Float[Tensor, " d_sae"]) -> list[int]:
+    return [i for i in difference.argsort(descending=True)[:PLACES].tolist() if difference[i] > 0]
 
 
 def _by_weight(latents: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -134,24 +148,24 @@ def _by_weight(latents: Sequence[int], weights: Sequence[float]) -> list[int]:
 def one(sae: SAE, truth: Truth, model: ChatModel, known: Labels, trait: str, v: Tensor, pairs: Pairs) -> dict[str, Any]:
     """Everything about one dictionary and trait: {"rows", "features", "null purity"}."""
     judge = Judge(truth, known, trait)
-    ways, differences = rankings(sae, model, v, pairs)
+    ways, differences, encodings = rankings(sae, model, v, pairs)
     nulls = shuffled(differences, DRAWS, seed=0)
     null_ranks = sae.cosines(nulls).argsort(dim=1, descending=True)[:, :PLACES]
     chance = {"cosine": [judge.of(ranking) for ranking in null_ranks.tolist()]}
     atoms = Atoms(sae.W_dec)
     solved = [pursue(atoms, null, PLACES, nonnegative=True).at_most(PLACES) for null in nulls[:PURSUED]]
     chance["pursuit"] = [judge.of(_by_weight(s.latents, s.weights)) for s in solved]
+    chance["difference of encodings"] = [judge.of(_highest(null)) for null in shuffled(encodings, DRAWS, seed=0)]
     rows = []
     for way in WAYS:
-        found, none = judge.of(ways[way]), chance.get(way, [])
+        found, none = judge.of(ways[way]), chance[way]
         row: dict[str, Any] = {"dictionary": Path(sae.ref).name, "trait": trait, "way": way, "pure of 5": found.pure}
         row |= {f"precision@{k}": p for k, p in found.precision.items()}
         row |= {"facets": f"{found.n_facets}/{len(judge.names)}", "n_facets": found.n_facets, "of": len(judge.names)}
         row["missing"] = ", ".join(name.split("/")[1] for name, latent in found.facets.items() if latent is None)
-        if none:
-            row |= {"null pure of 5": np.mean([f.pure for f in none]), "null facets": np.mean([f.n_facets for f in none])}
-            row["nulls with 4 of 5"] = np.mean([f.pure >= 4 for f in none])
-            row["nulls with every facet"] = np.mean([f.n_facets == len(judge.names) for f in none])
+        row |= {"null pure of 5": np.mean([f.pure for f in none]), "null facets": np.mean([f.n_facets for f in none])}
+        row["nulls with 4 of 5"] = np.mean([f.pure >= 4 for f in none])
+        row["nulls with every facet"] = np.mean([f.n_facets == len(judge.names) for f in none])
         rows.append(row)
     cosines, table = sae.cosines(v), truth.table().set_index("latent")
     features = table.loc[ways["cosine"]].reset_index()

@@ -2,6 +2,7 @@
 
     python -m analyses.sae_features [--quick]                                    the embedded model, its shipped dictionary
     python -m analyses.sae_features --dictionary runs/sae/block-3_width-1024_k-8 --traits evil
+    python -m analyses.sae_features --config organism --set training.dictionaries.d_sae=2048 training.dictionaries.k=4 --keep 0
     python -m analyses.sae_features --model Qwen/Qwen2.5-7B-Instruct --traits evil --judge openai:gpt-4.1-mini \\
         --dictionary qwen2.5-7b-instruct-andyrdt/resid_post_layer_19_trainer_1 --text my_chats.jsonl --prefilter 10
 
@@ -188,7 +189,7 @@ def one(
     tables = job.decomposition(trait)
     found = feature_table.candidates(tables["decomposition"], activity, truth, job.size.top)
     evidence = job.evidence(found["feature"].tolist())
-    own, tried = feature_table.own_facets(found), found.loc[found["tried"], "feature"].tolist()
+    own, tried = feature_table.own_facets(found), found.loc[found["tried"], "feature"].tolist() if job.size.keep else []
     doses, kept = [], dict[str, float]()
     choice = measured = pd.DataFrame(columns=[*feature_table.KEYS, *feature_table.MEASURED])
     densities = dict(zip(activity["latent"].astype(str), activity["density"], strict=True))
@@ -219,13 +220,16 @@ def vector_of(job: Job, trait: str) -> torch.Tensor:
     return PersonaVectors.load(job.stored / trait / "vectors" / "vectors.safetensors").of()[job.sae.info.block]
 
 
-def checks_of(table: pd.DataFrame, causal: pd.DataFrame, traits: list[str], facets: bool) -> list[dict[str, Any]]:
-    """The targets, a few lines a trait."""
+def checks_of(
+    table: pd.DataFrame, causal: pd.DataFrame, traits: list[str], *, facets: bool, steered: bool = True
+) -> list[dict[str, Any]]:
+    """The targets, a few lines a trait; those of single features where features were steered with."""
     what = "raise their own facet to 5x, above the others" if facets else "raise the trait above every control"
     checks = []
     for trait in traits:
-        checks.append(check(f"{trait}: features that {what}", feature_table.passing(table, trait, FEATURE), f">= {WANTED}"))
-        if facets:
+        if steered:
+            checks.append(check(f"{trait}: features that {what}", feature_table.passing(table, trait, FEATURE), f">= {WANTED}"))
+        if steered and facets:
             others = feature_table.passing(table, trait, RANDOM_FEATURE)
             checks.append(check(f"{trait}: random features of equal density that do", others, "<= 0"))
         found = feature_table.effects(causal[causal["trait"] == trait], AS_IT_IS)
@@ -276,7 +280,7 @@ def main() -> None:
     options.add_argument("--label-url", help="base URL of its OpenAI-compatible server")
     options.add_argument("--prefilter", type=int, help="try only so many features a trait, those of the highest output score")
     options.add_argument("--top", type=int, help=f"features of highest cosine to look at (default: {FULL.top})")
-    options.add_argument("--keep", type=int, help=f"features to measure on held-out questions (default: {FULL.keep})")
+    options.add_argument("--keep", type=int, help=f"features that are measured; 0: the causal test alone (default: {FULL.keep})")
     options.add_argument("--strengths", nargs="+", type=float, help="multiples of a feature's highest activation")
     options.add_argument("--samples", type=int, help=f"answers to each held-out question (default: {FULL.samples})")
     args = options.parse_args()
@@ -290,7 +294,7 @@ def main() -> None:
         with atomic_path(job.out / f"{name}.csv") as tmp:
             frame.to_csv(tmp, index=False)
     held_out = doses[doses["questions"] == "held out"]
-    figure = feature_table.draw(held_out, table, job.out / "dose_response.png")
+    figure = feature_table.draw(held_out, table, job.out / "dose_response.png") if job.size.keep else "none"
     about = (
         f"{job.sae.d_sae} latents of {Path(job.ref).name} at block {job.sae.info.block} of {job.model.name}. Features and "
         "strengths were chosen on the questions that the vectors were made from; what stands here was measured on the evaluation "
@@ -305,7 +309,8 @@ def main() -> None:
     print(", ".join(str(job.out / trait / "report.html") for trait in traits))
     details = {"table": table.to_dict("records"), "causal": causal.to_dict("records"), "random directions that pass": directions}
     name = f"sae_features_{job.out.parent.name}_{Path(job.ref).name}"
-    record(name, checks_of(table, causal, traits, facets=bool(table["facet"].notna().any())), details)
+    facets = bool(table["facet"].notna().any())
+    record(name, checks_of(table, causal, traits, facets=facets, steered=job.size.keep > 0), details)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class Bench:
     def held_out(self) -> list[Row]:
         """Rows of the data behind those that are trained on. UserError where the data end before them."""
         config = replace(self.config(Way(PLAIN), Amount(1, 1.0)), max_rows=self.rows + self.n_held_out)
-        rows, _, _ = finetune.read_rows(config, self.model)
+        rows = finetune.read_data(config, self.model).rows
         found = [row for row in rows if row.number >= self.rows]
         if not found:
             raise UserError(f"{self.data} has no rows behind the first {self.rows}", "some, to measure the fit on", "--rows N")

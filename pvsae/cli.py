@@ -53,6 +53,8 @@ def _stage(name: str, config_class: str, shown: Callable[[Any], pd.DataFrame]) -
             raise
         page = write_report(out, title=f"pvsae {name}")
         print(_text(shown(result)))
+        for note in getattr(result, "notes", ()):
+            print(f"note: {note}")
         print(f"\ntables, figures and answers: {out}\nreport: {page}")
 
     return command

@@ -20,6 +20,7 @@ from pvsae.saes.dictionary import SAE, SAEInfo
 from pvsae.saes.folders import save
 from pvsae.saes.labelled import Labels, labelled_row
 from pvsae.vectors import PersonaVectors
+from tests.browser import assert_fine, page_of
 
 ACTIVITY = pd.DataFrame({"latent": range(6), "density": [0.1, 0.2, 0.0, 0.1, 0.3, 0.1], "max": [1.0, 2.0, 0.0, 3.0, 4.0, 5.0]})
 BLOCK = 3
@@ -240,6 +241,8 @@ def test_the_whole_analysis_and_again_without_a_new_answer(tmp_path, monkeypatch
     assert [c["target"] for c in checks] == [">= 2", "<= 0", ">= 0.8", "< 0.3"]
     for name in ("table.md", "dose_response.csv", "causal.csv", "dose_response.png", "evil/report.html"):
         assert (place / name).is_file()
+    assert_fine(place / "evil" / "report.html", tmp_path / "browser", images=1)
+    assert_fine(page_of(place / "dose_response.png", folder=tmp_path / "shown"), tmp_path / "browser", images=1)
     assert n > 10
     sae_features.main()
     assert len(asked) == n, "everything was read back"

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 
+import pandas as pd
 import pytest
 import torch
 
-from analyses.feature_truth import Judge, config_for
+from analyses import feature_truth, vector_geometry
+from analyses.feature_truth import WAYS, Judge, config_for
 from analyses.vector_geometry import cosines, off_diagonal
+from benchmarks import record
+from pvsae.models import load as load_model
 from pvsae.saes.dictionary import SparseActs
 from pvsae.saes.labelled import Labels
 from pvsae.saes.truth import Truth
+from pvsae.stages import ExtractConfig, extract
+from tests.browser import assert_fine, page_of
+from tests.test_analyses_features import hand_made
 
 LABELS = Labels({"a/x": "a", "a/y": "a", "b/x": "b"})
 
@@ -50,3 +59,40 @@ def test_cosines_are_those_of_the_vectors():
 def test_the_config_for_facets_is_taken_where_a_model_has_one() -> None:
     assert config_for("organism") == "organism-facets"
     assert config_for("organism-llama") == "organism-llama"
+
+
+def test_every_question_counts_the_same_in_a_difference_of_encodings() -> None:
+    weights = feature_truth._weights([7, 7, 7, 9])
+    of_pairs = torch.tensor([[1.0], [2.0], [3.0], [10.0]])
+    assert float((of_pairs * weights[:, None]).mean()) == pytest.approx((2.0 + 10.0) / 2)
+
+
+@pytest.mark.slow
+def test_both_analyses_on_the_embedded_model(tmp_path, monkeypatch, capsys) -> None:
+    """Vectors of two traits from few answers, a dictionary made by hand: every way has its nulls, every space its cosines."""
+    model = load_model("organism")
+    sae = hand_made(model, tmp_path)[1]
+    options = {"n_samples": 1, "max_instructions": 2, "max_questions": 6}
+    extract.run(ExtractConfig(traits=("evil", "sycophantic"), **options), tmp_path / "extract", model=model)
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    shared = ["--quick", "--traits", "evil", "sycophantic", "--vectors", f"{tmp_path}/extract", "--out", f"{tmp_path}/out"]
+    monkeypatch.setattr(sys, "argv", ["feature_truth", *shared, "--dictionaries", sae])
+    feature_truth.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["checks"]
+    table = pd.read_csv(tmp_path / "out" / "feature_truth" / "table.csv")
+    assert table.groupby("trait")["way"].apply(list).to_dict() == {"evil": list(WAYS), "sycophantic": list(WAYS)}
+    nulls = table[["null pure of 5", "null facets", "nulls with 4 of 5", "nulls with every facet"]]
+    assert nulls.notna().all(axis=None), "each of the three ways beside the same answers with swapped labels"
+    own = table[table["trait"] == "evil"]
+    assert (own["pure of 5"] > own["null pure of 5"]).all(), "a latent a facet, found from the vector and not from chance"
+    monkeypatch.setattr(sys, "argv", ["vector_geometry", *shared, "--dictionary", sae])
+    vector_geometry.main()
+    checks = json.loads(capsys.readouterr().out.splitlines()[-1])["checks"]
+    assert len(checks) == 3
+    assert all(c["ok"] for c in checks)
+    for space in vector_geometry.SPACES:
+        found = pd.read_csv(tmp_path / "out" / "vector_geometry" / f"{space.replace(' ', '_')}.csv", index_col=0)
+        assert found.loc["evil", "evil"] == pytest.approx(1.0)
+        assert found.loc["evil", "sycophantic"] == pytest.approx(found.loc["sycophantic", "evil"])
+    figures = [tmp_path / "out" / name for name in ("feature_truth/purity.png", "vector_geometry/cosines.png")]
+    assert_fine(page_of(*figures, folder=tmp_path / "shown"), tmp_path / "browser", images=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks.decompose import LAYOUTS, WEIGHTS, _checks, _weights, measure, planted, same, tables, write
@@ -25,6 +27,21 @@ def test_all_ten_planted_atoms_are_found_with_their_weights(made, layout: str) -
         assert len(got) == len(WEIGHTS)
         checks = {c["name"].split(": ")[1]: c for c in _checks(found, layout, D_SAE, signed)}
         assert checks["planted atoms found, of 10"]["ok"]
+
+
+def test_the_older_layout_is_read_through_its_scale(made, tmp_path) -> None:
+    """It is another reader's work: without the file of the scale there is no table."""
+    import shutil
+
+    from pvsae.errors import UserError
+
+    folder, vectors = made
+    shutil.copytree(folder / "saelens_5", tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "cfg.json").read_text())
+    assert "metadata" not in config
+    (tmp_path / "old" / "activation_scaler.json").unlink()
+    with pytest.raises(UserError, match="does not say by which factor"):
+        tables(tmp_path / "old", vectors, tmp_path / "out")
 
 
 def test_the_formats_give_the_same_tables(made, tmp_path) -> None:

@@ -14,7 +14,7 @@ from pvsae.commands.features import Extend
 EXAMPLES = (
     "  pvsae capability                                                  the model's own test; MMLU where it names none\n"
     "  pvsae capability --vectors runs/vectors --traits evil --coefs 1 2 --ablate      while it is steered\n"
-    "  pvsae capability --adapter runs/finetune/adapter --out runs/after               after a finetuning\n"
+    "  pvsae capability --adapter runs/finetune/adapter --against runs/capability --out runs/after      after a finetuning\n"
     "  pvsae capability --model Qwen/Qwen2.5-7B-Instruct --tasks mmlu gsm8k --shots 5 --limit 100 \\\n"
     "      --vectors runs/qwen --traits evil --unit gap --coefs 0.5 1\n"
     "  pvsae capability --feature runs/sae/block-3_width-1024_k-8:17 --coefs 0.5 1 --dry-run      how many questions?"
@@ -68,6 +68,10 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
     group.add_argument("--positions", choices=("response", "prompt", "all"), help="tokens that are edited (default: all)")
     group.add_argument("--n-random", type=int, metavar="N", help="random directions beside a vector (default: 1)")
     group.add_argument("--library", help="folder of traits, whose questions --unit kl is calibrated on")
+    group.add_argument(
+        "--against", metavar="RUN",
+        help="count changes from an earlier run of the same tasks, without the adapter say (default: this run's untouched model)",
+    )  # fmt: skip
     group = parser.add_argument_group("how it runs")
     group.add_argument("--out", help="run folder (default: runs/capability); an unfinished run there goes on")
     group.add_argument("--dry-run", action="store_true", help="say how many questions would be asked, and stop")

@@ -80,7 +80,7 @@ def gather(
     written = time.monotonic()
     with tqdm(total=tokens, initial=read, desc="evidence", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         while read < tokens:
-            rows = _window(walk, number, tokens - read, batch_tokens * PASSES)
+            rows = _window(place, walk, number, tokens - read, batch_tokens * PASSES)
             if not rows:
                 break
             for some in length_sorted_batches([len(row.ids) for row in rows], batch_tokens=batch_tokens):
@@ -104,7 +104,7 @@ def rows_again(place: Place, numbers: Iterable[int]) -> dict[int, Context]:
     found: dict[int, Context] = {}
     for number, row in enumerate(place.rows()):
         if number in left:
-            found[number] = Context(np.asarray(row.ids), row.keep, row.parts, number)
+            found[number] = _context(place, row, number)
         if len(found) == len(left):
             break
     return found
@@ -172,11 +172,17 @@ def _activations(sae: SAE, x: torch.Tensor, latents: np.ndarray) -> tuple[np.nda
 
 
 # ---------------------------------------------------------------------------------------------------------------------- rows
-def _window(walk: Iterator[Row], number: int, wanted: int, size: int) -> list[Context]:
+def _context(place: Place, row: Row, number: int) -> Context:
+    """A row that knows its number. Of a text that is split into rows each row counts as a document of its own: there may be no
+    more than one book, and what is wanted of it are many examples."""
+    return Context(np.asarray(row.ids), row.keep, () if place.corpus.config.fit == "split" else row.parts, number)
+
+
+def _window(place: Place, walk: Iterator[Row], number: int, wanted: int, size: int) -> list[Context]:
     """The next rows of a walk, worth `size` tokens, or fewer where `wanted` wanted ones are enough."""
     rows: list[Context] = []
     while size > 0 and wanted > 0 and (row := next(walk, None)) is not None:
-        rows.append(Context(np.asarray(row.ids), row.keep, row.parts, number + len(rows)))
+        rows.append(_context(place, row, number + len(rows)))
         size -= len(row.ids)
         wanted -= int(row.keep.sum())
     return rows
@@ -184,6 +190,6 @@ def _window(walk: Iterator[Row], number: int, wanted: int, size: int) -> list[Co
 
 def _some_rows(place: Place, batch_tokens: int) -> Iterator[list[Context]]:
     """Forward passes over the first PROBE_TOKENS wanted tokens."""
-    rows = _window(place.rows(), 0, PROBE_TOKENS, 2**62)
+    rows = _window(place, place.rows(), 0, PROBE_TOKENS, 2**62)
     for some in length_sorted_batches([len(row.ids) for row in rows], batch_tokens=batch_tokens):
         yield [rows[i] for i in some]

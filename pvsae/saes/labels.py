@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -236,7 +237,7 @@ class Question(NamedTuple):
 
 def _questions(m: Material, label: str, seed: int) -> list[Question]:
     """Detection: passages in which the feature is active, and silent ones. Fuzzing: each passage once with its own marks and
-    once with as many marks at silent tokens, in two rounds, so that no question shows a passage twice."""
+    once with marks at silent tokens, in two rounds, so that no question shows a passage twice."""
     generator = np.random.default_rng((seed, m.latent, 1))
     shown = [(marked(p, [False] * len(p.tokens)), right) for some, right in ((m.test, True), (m.quiet, False)) for p in some]
     out = _asked(m.latent, "detection", _DETECT, label, shown, generator)
@@ -245,13 +246,30 @@ def _questions(m: Material, label: str, seed: int) -> list[Question]:
         shown = []
         for p, first in zip(m.test, own_first, strict=True):
             marks = active(p)
-            silent = [i for i, v in enumerate(p.values) if v == 0]
-            wrong = set(generator.permutation(silent)[: sum(marks)].tolist())
+            wrong = _elsewhere(p, marks, generator)
             own = bool(first) != round_
-            if own or wrong:
-                shown.append((marked(p, marks if own else [i in wrong for i in range(len(marks))]), own))
+            if own or any(wrong):
+                shown.append((marked(p, marks if own else wrong), own))
         out += _asked(m.latent, "fuzzing", _FUZZ, label, shown, generator)
     return out
+
+
+def _elsewhere(passage: Passage, marks: Sequence[bool], generator: np.random.Generator) -> list[bool]:
+    """Marks at silent tokens, in runs as long as those of `marks`, or as long as there is room: scattered ones would be told from
+    the right ones by their looks."""
+    lengths = [len(list(run)) for on, run in groupby(marks) if on]
+    free, n = [v == 0 for v in passage.values], len(marks)
+    wrong = [False] * n
+    for longest in sorted(lengths, reverse=True):
+        for length in range(longest, 0, -1):
+            starts = [i for i in range(n - length + 1) if all(free[i : i + length])]
+            if starts:
+                start = starts[int(generator.integers(len(starts)))]
+                wrong[start : start + length] = [True] * length
+                for i in range(max(0, start - 1), min(n, start + length + 1)):  # two runs side by side would look like one
+                    free[i] = False
+                break
+    return wrong
 
 
 def _asked(

@@ -99,15 +99,20 @@ def overlap(first: Scores, second: Scores, n: int) -> float:
     return len(one & two) / shorter if shorter else math.nan
 
 
-def rank_correlation(first: Scores, second: Scores, n: int) -> float:
-    """Spearman's correlation of two scores over the latents that are among the top n of either; NaN for fewer than three."""
-    latents = sorted(_top(first, n) | _top(second, n))
-    if len(latents) < 3:
-        return math.nan
-    places = [_midranks(scores.double().cpu()[latents]) for scores in (first, second)]
+def rank_correlation(first: Scores, second: Scores) -> tuple[float, int]:
+    """(Spearman's correlation of two scores, over how many latents): over all that have a score other than 0 from both.
+
+    Not over the tops of the two: of latents that are chosen because one score is high the other one is lower by the choice alone,
+    so that two scores that agree would seem not to. NaN for fewer than three latents.
+    """
+    one, two = (scores.double().cpu() for scores in (first, second))
+    both = (one != 0) & (two != 0)
+    if int(both.sum()) < 3:
+        return math.nan, int(both.sum())
+    places = [_midranks(scores[both]) for scores in (one, two)]
     a, b = (p - p.mean() for p in places)
     scale = float((a @ a).sqrt() * (b @ b).sqrt())
-    return float(a @ b) / scale if scale > 0 else math.nan
+    return float(a @ b) / scale if scale > 0 else math.nan, int(both.sum())
 
 
 def _top(scores: Scores, n: int) -> set[int]:
@@ -117,6 +122,5 @@ def _top(scores: Scores, n: int) -> set[int]:
 
 def _midranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Ranks, equals sharing the mean of their places."""
-    below = (values[:, None] > values[None, :]).sum(1)
-    equal = (values[:, None] == values[None, :]).sum(1)
-    return below.double() + (equal.double() + 1) / 2
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[which]

@@ -108,11 +108,15 @@ class Worker:
 
     def __init__(self, job: Job, model: ChatModel) -> None:
         self.job, self.model = job, model
-        about = {"model": job.fingerprint, "sampling": asdict(job.sampling)}
-        self.answers = Answers(job.answers, about)
+        self.answers = Answers(job.answers, self.about)
         self.readers = {data.name: Reader(data.source) for data in job.data}
         by_device = CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
         self.batch_tokens = job.batch_tokens or by_device
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a base answer depends on besides its prompt."""
+        return {"model": self.job.fingerprint, "sampling": asdict(self.job.sampling)}
 
     def screen(self, data: DataSet, part: Part) -> dict[str, Any]:
         """Makes the shard of a part, and gives its note: counts of rows, tokens and seconds."""

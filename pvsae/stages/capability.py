@@ -65,6 +65,8 @@ class CapabilityConfig(Setup):
         vectors: run folder of `pvsae extract`, or a vector file: then each trait's vector is added at each strength. Without
             `traits`, all that are there.
         ablate: take the direction of the vectors out of the residual as well.
+        against: run folder of an earlier `pvsae capability` with the same tasks (of the model without the adapter, say): changes
+            are counted from its untouched model instead of this one's.
         features: SAE:INDEX, as in `pvsae steer`; instead of `vectors`.
         mode: "add", "clamp" or "ablate", of features.
         activity, activity_tokens: where highest activations of features come from, as in `pvsae steer`.
@@ -86,6 +88,7 @@ class CapabilityConfig(Setup):
     system: str | None = None
     vectors: str | None = None
     ablate: bool = False
+    against: str | None = None
     features: tuple[str, ...] = ()
     mode: str = "add"
     activity: tuple[str, ...] = ()
@@ -110,7 +113,8 @@ class CapabilityConfig(Setup):
 class CapabilityResult:
     """`table`: a row a condition, task and metric: condition ("none", "vector", "random k", "ablate", "feature"), trait, feature,
     block, coef, unit, raw (coefficient of the vector, or activation units), positions, task, metric, filter, value, stderr, n
-    (questions), shots, higher_is_better, change with its 95% interval (value minus that of "none" on the same questions), and
+    (questions), shots, higher_is_better, change with its 95% interval (value minus that of "none", or of `against`, on the same
+    questions), and
     asked (False of the parts of a group that was asked for)."""
 
     table: pd.DataFrame
@@ -152,17 +156,19 @@ def run(config: CapabilityConfig, run_dir: RunDir | str | Path, *, model: ChatMo
     """
     _check(config)
     tasks = Tasks(task_names(config, model))
+    earlier = _earlier(config.against)
     with open_run(run_dir, "capability", config) as folder:
         model = model or open_model(config)
         vectors = _vectors(config, model)
         features = open_features(config.features, model, config.blocks[0] if config.blocks else None) if config.features else []
         counts = _counts(config, folder, model, features)
         dictionaries = {f"dictionary {f.sae.ref}": fingerprint(f.sae) for f in features}
-        pin_inputs(folder, model, (), vectors, {**dictionaries, **tasks.content})
+        before = {} if earlier is None else {f"values in {config.against}": earlier.samples.to_csv(index=False)}
+        pin_inputs(folder, model, (), vectors, {**dictionaries, **tasks.content, **before})
         features = [_measured(folder, feature, counts) for feature in features]
         conditions = _conditions(config, folder, model, vectors, features)
         found = {c.slug: _evaluated(config, folder, model, tasks, c) for c in conditions}
-        plain = found[NONE]
+        plain = found[NONE] if earlier is None else earlier
         parts = []
         for condition in conditions:
             rows = change(found[condition.slug], plain).drop(columns=["parts", "weighting"])
@@ -245,6 +251,16 @@ def _check(config: CapabilityConfig) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- what is given
+def _earlier(against: str | None) -> Evaluated | None:
+    """The untouched model's values in an earlier run. UserError where there are none."""
+    if against is None:
+        return None
+    place = Path(against) / "conditions" / NONE
+    if not (place / "rows.parquet").is_file() or not (place / "samples.parquet").is_file():
+        raise UserError(f"{against} holds no values to compare with", "the run folder of `pvsae capability`", "check --against")
+    return Evaluated.load(place)
+
+
 def _read(config: CapabilityConfig) -> dict[str, PersonaVectors]:
     """Vectors by trait: of the traits of the config, else of all that are there. UserError as `read_vectors`."""
     if not config.vectors:
@@ -438,12 +454,13 @@ def _summary(config: CapabilityConfig, model: ChatModel, table: pd.DataFrame) ->
             what = worst["trait"] if worst["feature"] == "-" else f"feature {worst['feature']}"
             value += f"; {worst['value']:.3g} at worst ({worst['condition']} {what}, strength {worst['coef']:g})"
         headline.append({"label": f"{task}, {metric}", "value": value})
+    of = "" if config.against is None else f" in {config.against}"
     how = "the model's chat template" if config.template and model.chat.mode != "plain" else "bare text"
     return {
         "title": "Capability",
         "about": f"Tasks of lm-evaluation-harness, asked through {how}; every condition has the same questions and examples.",
         "headline": headline,
         "notes": [
-            "change: value minus that of the condition `none` on the same questions, with a 95% interval over questions.",
+            f"change: value minus that of the untouched model{of} on the same questions, with a 95% interval over questions.",
         ],
     }

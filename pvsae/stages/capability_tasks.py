@@ -156,9 +156,17 @@ def change(now: Evaluated, before: Evaluated) -> pd.DataFrame:
     """The rows of `now` with what changed against `before`, paired question by question, and its 95% interval (normal).
 
     Columns beside those of `Evaluated.rows`: change, change_low, change_high; NaN where a metric is no mean over questions.
+
+    Raises: UserError where a question was not asked before.
     """
     keys = ["task", "metric", "filter", "doc"]
     both = now.samples.merge(before.samples, on=keys, suffixes=("", "_before"), validate="one_to_one")
+    if len(both) < len(now.samples):
+        raise UserError(
+            f"{len(now.samples)} answers, of which only {len(both)} were asked for before",
+            "the same tasks, with the same limit",
+            "compare runs of the same questions",
+        )
     both["difference"] = both["value"] - both["value_before"]
     stats = {
         key: (float(part["difference"].mean()), _variance_of_mean(part["difference"].to_numpy()), len(part))

@@ -442,7 +442,7 @@ def _headline(trait: str, tables: dict[str, pd.DataFrame], config: DecomposeConf
     rows.append(
         {
             "label": f"{trait}: explained by {k} latents",
-            "value": f"{shares[1]:.0%} signed, {shares[0]:.0%} non-negative (random direction {random:.0%})",
+            "value": f"{shares[1]:.0%} signed, {shares[0]:.0%} non-negative (random directions {random:.0%})",
         }
     )
     length = tables["lengths"].iloc[0]

@@ -120,6 +120,7 @@ class FeatureSteerResult:
         specificity: see `facets.specificity`.
         output_scores: of all features that were given, where a prefilter was asked for; else None.
         activity: dictionary -> where maxima and densities come from.
+        notes: what is to be said of the dictionaries.
     """
 
     table: pd.DataFrame
@@ -128,6 +129,7 @@ class FeatureSteerResult:
     output_scores: pd.DataFrame | None
     activity: dict[str, str]
     path: Path
+    notes: list[str]
 
     @property
     def shown(self) -> pd.DataFrame:
@@ -207,7 +209,7 @@ def run(
         sources = {f.sae.ref: f"{activity[f.sae.ref].source}, {activity[f.sae.ref].tokens} tokens" for f in features}
         said = list(dict.fromkeys(f"Of the dictionary: {note}" for f in features for note in f.sae.info.notes))
         folder.result({**_summary(config, table, verdicts, sources, judge, sweep, said), "costs": costs(judge, before)})
-        return FeatureSteerResult(table, facets, verdicts, scores, sources, folder.path)
+        return FeatureSteerResult(table, facets, verdicts, scores, sources, folder.path, said)
 
 
 def plan(config: FeatureSteerConfig) -> Plan:

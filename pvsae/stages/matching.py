@@ -179,7 +179,8 @@ def find_source(
         others: further files of known traits.
         rollouts: run folder with the answers, where it is not `path`.
 
-    Raises: UserError for nothing there, a trait that is not there, no such statistic, others of another shape or given twice.
+    Raises: UserError for nothing there, a trait that is not there, no such statistic, others of another shape or given twice,
+        rollouts that hold no answers of any of the traits.
     """
     from pvsae.stages.inputs import read_vectors
     from pvsae.vectors import PersonaVectors, read_official
@@ -225,6 +226,12 @@ def find_source(
                 f"[{first.n_blocks}, {first.d_model}]",
                 "vectors of one model",
             )
+    if rollouts and not any(_answer_files(Path(rollouts), trait) for trait in vectors):
+        raise UserError(
+            f"no answers of {', '.join(vectors)} in {rollouts}",
+            "the run folder of `pvsae extract` that holds them",
+            "leave --rollouts out, and no answers are read",
+        )
     return Source(vectors, known, Path(rollouts) if rollouts else answers, tuple(notes))
 
 
@@ -260,10 +267,14 @@ def answers_of(folder: Path | None, trait: str) -> tuple[Rollouts, Rollouts] | N
     """The judged answers of both polarities, or None where the folder has none of the trait."""
     from pvsae.vectors import Rollouts
 
+    files = _answer_files(folder, trait)
+    return (Rollouts.load(files[0]), Rollouts.load(files[1])) if files else None
+
+
+def _answer_files(folder: Path | None, trait: str) -> list[Path]:
+    """The files of both polarities; [] where one of them is missing."""
     files = [folder / trait / f"rollouts_{p}" / "rollouts.parquet" for p in ("pos", "neg")] if folder is not None else []
-    if not files or not all(file.is_file() for file in files):
-        return None
-    return Rollouts.load(files[0]), Rollouts.load(files[1])
+    return files if all(file.is_file() for file in files) else []
 
 
 def kept_pairs(model: ChatModel, vectors: PersonaVectors, answers: tuple[Rollouts, Rollouts], most: int | None) -> Any:

@@ -71,6 +71,11 @@ class SaeEvalResult:
     summary: dict[str, Any]
     path: Path
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the dictionary and of how it was measured."""
+        return self.summary.get("notes", [])
+
 
 def run(config: SaeEvalConfig, run_dir: RunDir | str | Path, *, model: ChatModel | None = None) -> SaeEvalResult:
     """Evaluate a dictionary into a run folder; a finished evaluation is read back, and not made anew.

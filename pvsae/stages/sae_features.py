@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from pvsae import settings
 from pvsae.errors import UserError
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from pvsae.saes.dictionary import SAE
     from pvsae.saes.evidence import Context, Evidence
     from pvsae.saes.gather import Place
-    from pvsae.saes.labels import Label
+    from pvsae.saes.labels import Label, Material
 
 COMMAND = "sae_features"
+LABELLED_AT_ONCE = 256  # features whose passages are text at once: of one they take about 200 KB
+RECORD, EXAMPLE_TOKEN = 3000, 15  # bytes of a feature's record without its examples, and of a token of an example in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +173,7 @@ def plan(config: SaeFeaturesConfig) -> str:
     sae = load(config.dictionary)
     n = _count(config, sae)
     each = Evidence.bytes_a_feature(config.window, config.top, config.samples)
+    record = RECORD + EXAMPLE_TOKEN * config.window * (config.top + config.samples)
     weights = 2 * sae.W_dec.numel() * sae.W_dec.element_size()
     lines = [
         f"dictionary  {sae.ref}: {sae.d_sae:,} features of {sae.d_model}, {_size(weights)} of weights",
@@ -177,6 +181,8 @@ def plan(config: SaeFeaturesConfig) -> str:
         f"text        {config.tokens:,} tokens in one pass",
         f"memory      at most {_size(n * each)} for the evidence ({each:,} bytes a feature: {config.top} top examples, "
         f"{config.samples} sampled ones, a histogram), as much on disk for a checkpoint",
+        f"disk        about {_size(n * record)} for the records ({record:,} bytes a feature), and some more, compressed, for "
+        "Neuronpedia",
     ]
     if config.label_model is None:
         lines.append("labels      none: no --label-model was named")
@@ -221,16 +227,16 @@ def _corpus(config: SaeFeaturesConfig, model: ChatModel, sae: SAE) -> tuple[Corp
     if config.text:
         if config.held_out:
             raise UserError("held_out with a text of your own", "the dictionary's own text", "leave out --text or --held-out")
-        sources = config.sources()
-        return CorpusConfig(sources=sources, context=context, held_out=0.0, seed=config.seed, **masks_of(sae)), False
+        own: dict[str, Any] = {"sources": config.sources(), "context": context, "seed": config.seed, **masks_of(sae)}
+        return CorpusConfig(held_out=0.0, fit="split", **own), False
     if "corpus" not in sae.info.training:
         raise UserError(
             f"no text, and {sae.ref} does not say on which it was trained", "files, or names of datasets", "--text FILE"
         )
-    own = settings.build(CorpusConfig, sae.info.training["corpus"], "its corpus")
+    recorded = settings.build(CorpusConfig, sae.info.training["corpus"], "its corpus")
     # Read again, a sample would be a second document of the same text.
-    sources = tuple(replace(source, repeat=False) for source in own.sources)
-    return replace(own, sources=sources, context=context, repeat=False), config.held_out
+    sources = tuple(replace(source, repeat=False) for source in recorded.sources)
+    return replace(recorded, sources=sources, context=context, repeat=False), config.held_out
 
 
 def _count(config: SaeFeaturesConfig, sae: SAE) -> int:
@@ -287,19 +293,27 @@ def _labels(
         return before, [] if before else ["No labels: no language model was named (--label-model, --label-url)."], []
     texts = rows_again(place, evidence.rows_needed()) if rows is None else rows
     pieces = Pieces(place.model.tokenizer)
-    materials = [
-        material(
-            evidence, slot, evidence.examples(slot, evidence.sample, texts), lambda e: passage(e, texts, pieces),
-            n_quantiles=config.n_quantiles, train=config.label_train, test=config.label_test,
-        )
-        for slot in range(len(evidence.latents))
-    ]  # fmt: skip
+
+    def materials(slots: range) -> list[Material]:
+        return [
+            material(
+                evidence, slot, evidence.examples(slot, evidence.sample, texts), lambda e: passage(e, texts, pieces),
+                n_quantiles=config.n_quantiles, train=config.label_train, test=config.label_test,
+            )
+            for slot in slots
+        ]  # fmt: skip
+
+    n = len(evidence.latents)
+    several = n > LABELLED_AT_ONCE
+    made: list[Label] = []
     with ChatClient(
         config.label_url, config.label_model, cache=folder.path / "label_cache.sqlite",
         ledger=folder.path / "label_ledger.sqlite", price=config.label_price, max_cost=config.max_cost,
     ) as client:  # fmt: skip
         try:
-            made = label_features(materials, client, seed=config.seed, progress="labels" if progress else None)
+            for start in tqdm(range(0, n, LABELLED_AT_ONCE), desc="labels", disable=not (progress and several)):
+                some = materials(range(start, min(n, start + LABELLED_AT_ONCE)))
+                made += label_features(some, client, seed=config.seed, progress="labels" if progress and not several else None)
         except UserError as error:
             return before, [f"No labels: {error.what}. Run the same command again when the server is there."], []
         costs = [{"server": f"labels by {client.model}", **client.ledger}]

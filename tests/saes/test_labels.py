@@ -69,6 +69,32 @@ def test_a_label_that_foretells_scores_one_and_counts_everything(tmp_path):
         assert (label.train, label.test, label.quiet) == (20, 20, 20)
 
 
+def test_wrong_marks_look_like_right_ones():
+    """Runs as long as the right ones at silent tokens, so that nothing but the label tells which are which."""
+    from pvsae.saes.labels import Passage, _questions
+
+    tokens = tuple(f" t{i:02}" for i in range(24))
+    some = []
+    for at in range(0, 12):
+        values = [0.0] * 24
+        values[at : at + 3], values[at + 6] = [5.0, 4.0, 5.0], 3.0
+        some.append(Passage(tokens, tuple(values)))
+    full = Passage(tokens[:6], (5.0, 5.0, 5.0, 0.0, 0.0, 5.0))
+    questions = [q for q in _questions(Material(3, (), (*some, full), ()), "x", 0) if q.kind == "fuzzing"]
+    right, wrong = [], []
+    for question in questions:
+        text = question.request.messages[0]["content"].partition("\n\n")[2]
+        for passage, own in zip(re.findall(r"Passage \d+: (.*)", text), question.right, strict=True):
+            runs = [re.findall(r"\d\d", run) for run in re.findall(r"<<(.*?)>>", passage)]
+            (right if own else wrong).append((len(re.findall(r"\d\d", passage)), runs))
+    assert len(right) == len(wrong) == 13
+    for n, runs in wrong:
+        expected = [1, 3] if n == 24 else [2]  # of the short one there is room for two of three, and for none of the other
+        assert sorted(map(len, runs)) == expected, runs
+    spots = {runs[0][0] for n, runs in wrong if n == 24}
+    assert len(spots) > 3, "drawn at random"
+
+
 def test_saying_yes_to_everything_is_guessing(tmp_path):
     with FakeServer(Knows(lambda n: ",".join("1" * n))) as server, client(server, tmp_path) as asked:
         (label,) = label_features([material()], asked)

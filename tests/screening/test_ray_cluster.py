@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -57,6 +59,7 @@ def same(a: Path, b: Path) -> None:
     pd.testing.assert_frame_equal(read_rows(a), read_rows(b), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # a cluster and its workers take half a minute to start
 def test_a_killed_worker_changes_nothing(cluster, config, tmp_path, monkeypatch) -> None:
     here = screen.run(config(), tmp_path / "here")
     notes, killed = [], []
@@ -86,6 +89,7 @@ def test_a_killed_worker_changes_nothing(cluster, config, tmp_path, monkeypatch)
     assert there.counts["malformed"].tolist() == [1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_engine(cluster, config, tmp_path, monkeypatch) -> None:
     whole = screen.run(config(), tmp_path / "whole")
     real = screen._engine
@@ -106,6 +110,46 @@ def test_a_run_goes_on_with_another_engine(cluster, config, tmp_path, monkeypatc
     assert spent["shards_found"] == 3
 
 
+def test_what_an_actor_does_is_what_one_process_does(config, tmp_path, monkeypatch) -> None:
+    """The actor by itself, without a cluster: from the job as Ray carries it (pickled, paths made absolute)."""
+    monkeypatch.chdir(tmp_path)
+    jobs = []
+    real = screen._engine
+
+    def keeping(config, job, model, todo):
+        jobs.append(job)
+        return real(config, job, model, todo)
+
+    monkeypatch.setattr(screen, "_engine", keeping)
+    here = screen.run(config(), "here")
+    job = pickle.loads(pickle.dumps(ray_cluster.everywhere(jobs[0])))
+    assert job.shards.is_absolute()
+    assert Path(job.data[0].parts[0].file).is_absolute()
+    monkeypatch.chdir("/")
+    actor = ray_cluster.Actor(replace(job, shards=tmp_path / "there", answers=tmp_path / "new"))
+    (data,) = job.data
+    found = actor({"data": [0] * len(data.parts), "part": [part.number for part in data.parts]})
+    assert [json.loads(note)["rows"] for note in found["note"]] == [3] * 6
+    shards = [actor.job.shard(data, part) for part in data.parts]
+    pd.testing.assert_frame_equal(
+        pd.concat([pd.read_parquet(s) for s in shards], ignore_index=True),
+        read_rows(tmp_path / here.rows["data"]),
+        check_dtype=False,
+    )
+    # what one engine made, the other takes for its own
+    assert {actor.job.state(data, part) for part in data.parts} == {"done"}
+    assert jobs[0].about(jobs[0].data[0], jobs[0].data[0].parts[1]) == job.about(data, data.parts[1])
+
+
+def test_an_actor_with_another_model_refuses_to_work(config, tmp_path, monkeypatch) -> None:
+    jobs = []
+    monkeypatch.setattr(screen, "_engine", lambda config, job, *_: jobs.append(job) or iter(()))
+    with pytest.raises(FileNotFoundError):
+        screen.run(config(), tmp_path / "run")
+    with pytest.raises(UserError, match="another model"):
+        ray_cluster.Actor(replace(jobs[0], fingerprint="0"))
+
+
 def test_an_address_without_a_cluster_is_said() -> None:
     class Nobody:
         @staticmethod
@@ -120,7 +164,7 @@ def test_ray_is_not_imported_unless_asked_for_and_reports_nothing() -> None:
     code = (
         "import os, sys, pvsae.stages.screen, pvsae.screening.ray_cluster as r; assert 'ray' not in sys.modules; "
         "r._ray(); assert 'ray' in sys.modules; "
-        "from ray._private.usage.usage_lib import usage_stats_enabled; print(usage_stats_enabled())"
+        "from ray._common.usage.usage_lib import usage_stats_enabled; print(usage_stats_enabled())"
     )
     environment = {k: v for k, v in os.environ.items() if k != "RAY_USAGE_STATS_ENABLED"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -187,8 +187,10 @@ def test_the_interval_is_that_of_a_paired_difference() -> None:
     assert row["change_high"] - row["change"] == pytest.approx(1.959964 * differences.std(ddof=1) / 2)
     same = change(now, now).iloc[0]
     assert (same["change"], same["change_low"], same["change_high"]) == (0.0, 0.0, 0.0)
-    odd = made_up([1.0], task="group", parts=("t",))
+    odd = Evaluated(made_up([1.0], task="group", parts=("t",)).rows, now.samples)
     assert np.isnan(change(odd, before)["change"].item())
+    with pytest.raises(UserError, match="5 answers, of which only 4"):
+        change(made_up([1.0] * 5), before)
 
 
 def test_a_killed_run_goes_on_and_its_page_is_drawn(ran, tmp_path, tiny_models, monkeypatch) -> None:
@@ -215,6 +217,22 @@ def test_features_steer_in_units_of_activation(place, tmp_path, tiny_models) -> 
     with pytest.raises(UserError, match="nothing says how active"):
         capability.run(
             config(place, vectors=None, blocks=(), features=(f"{place}/sae:7",)), tmp_path / "max", model=tiny_models("qwen2")
+        )
+
+
+def test_changes_are_counted_from_an_earlier_run(ran, place, tmp_path, tiny_models) -> None:
+    """Another model on the same questions: what changed is its value minus the earlier run's."""
+    _, first = ran
+    setup = config(place, tasks=(f"{place}/group.yaml", f"{place}/free.yaml"), vectors=None, blocks=(), against=str(first.path))
+    table = capability.run(setup, tmp_path / "run", model=tiny_models("llama")).table.set_index("task")
+    before = first.table[first.table["condition"] == "none"].set_index("task")["value"]
+    for task, row in table.iterrows():
+        assert row["change"] == pytest.approx(row["value"] - before[task])
+    assert table["change"].abs().max() > 0
+    limited = capability.run(config(place, vectors=None, blocks=(), limit=2), tmp_path / "few", model=tiny_models("llama"))
+    with pytest.raises(UserError, match="of which only 2"):
+        capability.run(
+            config(place, vectors=None, blocks=(), against=str(limited.path)), tmp_path / "all", model=tiny_models("llama")
         )
 
 
@@ -267,6 +285,7 @@ def test_a_changed_task_file_does_not_go_on_as_the_same_run(place, tmp_path, tin
         ({"blocks": (9,)}, "block 9"),
         ({"traits": ("merry",)}, "'gloomy'"),
         ({"vectors": "nowhere"}, "no vectors at nowhere"),
+        ({"against": "nowhere"}, "nowhere holds no values"),
         ({"tasks": ("nowhere.yaml",)}, "no task file nowhere.yaml"),
     ],
 )

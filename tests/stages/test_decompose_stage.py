@@ -12,11 +12,14 @@ import torch
 from byte_judge import ByteJudge
 
 from pvsae.errors import UserError
+from pvsae.models import ChatModel
 from pvsae.reports import draw, write_report
 from pvsae.saes.dictionary import SAE, SAEInfo
-from pvsae.saes.folders import save
+from pvsae.saes.folders import load, save
+from pvsae.saes.pursuit import Atoms, pursue
 from pvsae.stages import DecomposeConfig, ExtractConfig, decompose, extract
 from pvsae.stages.causal import parts_of, with_effects
+from pvsae.stages.readings import Inputs
 from pvsae.vectors import PersonaVectors
 from tests.browser import assert_fine
 from tests.saes.small import make_sae
@@ -55,6 +58,10 @@ def made(tmp_path, extracted, tiny_models):
     return model, DecomposeConfig(vectors=str(extracted), dictionary=folder, traits=("gloomy",), top=10, k=12, n_shuffles=30)
 
 
+def vector_of(config) -> torch.Tensor:
+    return PersonaVectors.load(f"{config.vectors}/gloomy/vectors/vectors.safetensors").of()[BLOCK]
+
+
 def test_every_part_stands_in_the_tables_and_on_the_page(made, tmp_path):
     model, config = made
     result = decompose.run(config, tmp_path / "run", model=model)
@@ -71,7 +78,14 @@ def test_every_part_stands_in_the_tables_and_on_the_page(made, tmp_path):
     assert set(curve["vector"]) == {"vector", "random direction", "shuffled pairs"}
     assert set(curve["k"]) == {1, 2, 5, 10, 12}
     assert curve[(curve["vector"] == "vector") & (curve["k"] == 1)]["explained"].min() == pytest.approx(1, abs=1e-4)
-    assert curve[(curve["vector"] == "random direction") & (curve["k"] == 12)]["explained"].max() < 1
+    null = curve[(curve["vector"] == "random direction") & (curve["k"] == 12)]
+    assert null["explained"].max() < 1
+    assert set(null["draws"]) == {10}, "one direction alone is no null"
+    assert (null["explained_95"] > null["explained"]).all()
+    atoms = Atoms(load(config.dictionary).W_dec)
+    drawn = Inputs("gloomy", vector_of(config), {}, None, None, 10, 12, config.seed).random(10)
+    shares = [pursue(atoms, v, 12, nonnegative=False).at_most(12).explained for v in drawn]
+    assert null[null["mode"] == "signed"]["explained"].iloc[0] == pytest.approx(sum(shares) / 10, rel=1e-4)
     specificity = result.tables["specificity"].set_index(["latent", "for"])
     assert specificity.loc[(0, "gloomy"), "rank"] == 1
     assert set(result.tables["nulls"]["null"]) == {"analytic", "random directions", "shuffled pairs"}
@@ -181,8 +195,6 @@ def test_a_dictionary_of_scaled_activations_is_recognised(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- causal test
 def test_parts_are_what_they_are_called():
-    from pvsae.saes.pursuit import Atoms, pursue
-
     sae = make_sae(d_model=32, d_sae=200)
     atoms, v = Atoms(sae.W_dec), 5 * torch.randn(32, generator=torch.Generator().manual_seed(8))
     solution = pursue(atoms, v, 6, nonnegative=False).at_most(6)
@@ -249,6 +261,31 @@ def test_the_causal_test_steers_with_every_part_and_goes_on(made, tmp_path, stag
     planned = decompose.plan(replace(setup, model="organism")).answers
     assert planned is not None
     assert planned.answers == {"gloomy": 2 * (1 + 3 + 2 + 2)}, "the residual too, which a planted vector does not have"
+
+
+def test_what_a_reconstruction_leaves_steers_at_the_vectors_length(made, tmp_path, stage_library, monkeypatch):
+    """A vector that no latent is: two atoms leave a part of it, which is added like any other."""
+    model, config = made
+    setup = replace(
+        config, dictionary=dictionary(tmp_path / "plain", model), causal=True, coefs=(1.0,), atoms=2, n_features=0, n_random=0,
+        max_questions=2, max_new_tokens=6, library=str(stage_library),
+    )  # fmt: skip
+    edits, generate = [], ChatModel.generate
+
+    def watched(*args, **options):
+        edits.append(options.get("interventions", ()))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(ChatModel, "generate", watched)
+    causal = decompose.run(setup, tmp_path / "run", model=model, judge=ByteJudge()).tables["causal"].set_index("condition")
+    assert list(causal.index) == ["unsteered", "vector", "reconstruction 2", "residual"]
+    assert causal.loc["residual", "length"] == pytest.approx(causal.loc["vector", "length"], rel=1e-4)
+    v, atoms = vector_of(config), Atoms(load(setup.dictionary).W_dec)
+    solution = pursue(atoms, v, 2, nonnegative=False).at_most(2)
+    rest = v.double() - torch.tensor(solution.weights, dtype=torch.float64) @ atoms.unit(solution.latents)
+    (edit,) = edits[-1]
+    added = edit.direction.values.double() * edit.coef
+    torch.testing.assert_close(added, rest * (v.norm() / rest.norm()), atol=1e-4, rtol=1e-3)
 
 
 # -------------------------------------------------------------------------------------------------------------- official files
@@ -318,6 +355,19 @@ def test_another_file_of_the_same_trait_is_compared_and_does_not_take_its_place(
     assert len(set(decompose.run(three, tmp_path / "three").tables["specificity"]["for"])) == 4
 
 
+def test_notes_reach_the_terminal_and_a_folder_without_answers_is_refused(made, tmp_path, capsys):
+    from pvsae.cli import main
+
+    _, config = made
+    foreign = dictionary(tmp_path / "foreign", made[0], model="other/model")
+    line = ["decompose", config.vectors, foreign, "--traits", "gloomy", "--no-activations", "--other-model"]
+    assert main([*line, "--out", str(tmp_path / "run")]) == 0
+    assert "note: Two models, by --other-model" in capsys.readouterr().out
+    for nowhere in (tmp_path / "nowhere", tmp_path):
+        assert main([*line, "--out", str(tmp_path / "none"), "--rollouts", str(nowhere)]) == 2
+        assert f"no answers of gloomy in {nowhere}" in capsys.readouterr().err
+
+
 def test_an_official_file_under_another_name_and_damaged_neighbours(made, tmp_path, extracted):
     from pvsae.vectors import write_official
 
@@ -337,7 +387,11 @@ def test_an_official_file_under_another_name_and_damaged_neighbours(made, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(made, tmp_path):
+def test_the_page_in_a_browser(made, tmp_path, stage_library):
+    """With both figures: the decomposition, and the causal test."""
     model, config = made
-    decompose.run(config, tmp_path / "run", model=model)
-    assert_fine(write_report(tmp_path / "run"), tmp_path / "browser", images=1)
+    answers = {"max_questions": 2, "max_new_tokens": 4, "library": str(stage_library)}
+    setup = replace(config, causal=True, coefs=(1.0, 2.0), n_features=1, n_random=1, **answers)
+    decompose.run(setup, tmp_path / "run", model=model, judge=ByteJudge())
+    draw(tmp_path / "run")
+    assert_fine(write_report(tmp_path / "run"), tmp_path / "browser", images=2)

@@ -140,6 +140,23 @@ def test_labels_may_come_later_and_stay(made, tmp_path):
     assert (tmp_path / "run" / "neuronpedia" / "tiny-it" / "1-res" / "explanations" / "batch-0.jsonl.gz").is_file()
 
 
+def test_labels_of_many_features_are_asked_for_in_parts_and_come_out_the_same(made, tmp_path, monkeypatch):
+    """So that the passages of all of them are never in memory at once."""
+    from pvsae.saes import labels
+    from pvsae.stages import sae_features
+
+    model, config = made
+    asked, ask = [], labels.label_features
+    monkeypatch.setattr(labels, "label_features", lambda some, *a, **k: asked.append(len(some)) or ask(some, *a, **k))
+    with FakeServer(Says()) as server:
+        wanted = replace(config, label_model="says", label_url=server.url)
+        whole = run(wanted, tmp_path / "whole", model=model, progress=False).table
+        monkeypatch.setattr(sae_features, "LABELLED_AT_ONCE", 3)
+        parts = run(wanted, tmp_path / "parts", model=model, progress=False).table
+    assert asked == [4, 3, 1]
+    pd.testing.assert_frame_equal(parts, whole)
+
+
 def test_without_a_server_everything_else_is_made(made, tmp_path):
     model, config = made
     with FakeServer(Says()) as server:
@@ -161,6 +178,19 @@ def test_text_is_read_with_the_model_and_the_masks_of_the_training(made, tmp_pat
     assert [(name, options["adapter"], options["chat"]) for name, options in asked] == [("base", "lora", "plain")]
     found, held_out = _corpus(config, model, load(config.dictionary))
     assert (found.tokens, found.skip_special, found.drop_first, held_out) == ("answers", False, 2, False)
+
+
+def test_a_book_is_read_to_its_end(made, tmp_path):
+    """One document, far longer than a row: all of it is read, and its rows give examples as documents do."""
+    model, config = made
+    book = tmp_path / "book.txt"
+    book.write_text("\n".join(text(i) for i in range(60)))
+    result = run(replace(config, text=(str(book),)), tmp_path / "run", model=model, progress=False)
+    assert not any("The text ended" in note for note in result.summary["notes"])
+    assert result.table["fired"].max() > 50
+    cards = list(read_cards(tmp_path / "run" / "cards" / "cards.jsonl"))
+    assert max(len(card["top"]) for card in cards) == config.top
+    assert all(len({e["row"] for e in card["top"]}) == len(card["top"]) for card in cards)
 
 
 def test_live_and_all_features(made, tmp_path):
@@ -207,11 +237,14 @@ def run_of_another_kind(tmp_path):
     return tmp_path / "other"
 
 
-def test_the_plan_says_memory_and_calls(made):
-    _, config = made
+def test_the_plan_says_memory_disk_and_calls(made, tmp_path):
+    model, config = made
     from pvsae.saes.evidence import Evidence
 
     said = plan(replace(config, features=("all",)))
+    record = int(re.search(r"records \(([\d,]+) bytes a feature\)", said)[1].replace(",", ""))
+    run(replace(config, features=("all",)), tmp_path / "run", model=model, progress=False)
+    assert 0.3 < (tmp_path / "run" / "cards" / "cards.jsonl").stat().st_size / (96 * record) < 2
     assert f"{Evidence.bytes_a_feature(8, 5, 30):,} bytes a feature" in said
     assert "no --label-model" in said
     said = plan(replace(config, label_model="m", label_url="http://localhost:1/v1", label_price=(1.0, 2.0)))

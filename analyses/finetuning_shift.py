@@ -1,0 +1,176 @@
+"""Finetuning shift: does the way the residual moves in finetuning say which trait came of it?
+
+    python -m analyses.finetuning_shift [--model organism] [--quick]
+    python -m analyses.finetuning_shift --settings          what other numbers of steps would do, which is how 40 were chosen
+    python -m analyses.finetuning_shift --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini \
+        --rows 0 --lr 1e-5 --rank 32 --batch 2 --data 'dataset/*/*.jsonl'
+
+Finetunes the model on every family at every severity, scores every trait on its evaluation questions before and after, and takes
+the shift: projection on the unit persona vector of the mean last-prompt-token residual, tuned minus base, over the same questions
+(paper, section on finetuning). Published: r of shift and trait score 0.76 to 0.97, along other traits' vectors 0.34 to 0.86.
+
+Beside r stand: other traits' vectors at the same block, random directions, the rank correlation, and r without the data sets
+that are made to show the trait, which by themselves spread the scores from 0 to 100.
+
+Knows: the shift, the checks, the choice of the setting. Does not know: how finetunes are made and scored (tuned.py), correlations
+(foretelling.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses import foretelling, tuned
+from analyses.pipeline import Prepared, parser, prepare
+from analyses.tuned import DataSet, Measured, Setting
+from benchmarks.record import check, record
+from pvsae.judges import Metric
+from pvsae.runs import RunDir, atomic_path
+from pvsae.stages.inputs import Setup, open_judge, open_traits, read_vectors
+
+PUBLISHED = {"r": (0.76, 0.97), "r along other traits' vectors": (0.34, 0.86)}
+SHOWN = 100  # answers of a data set that are judged for a trait that it should not show
+STEPS = (10, 20, 40, 80)
+
+
+def shift(before: Float[Tensor, "questions d"], after: Float[Tensor, "questions d"], v: Float[Tensor, "*k d"]) -> Tensor:
+    """Projection on the unit vector(s) of mean(after) - mean(before), in residual units [*k]."""
+    moved = after.mean(0) - before.mean(0)
+    projected: Tensor = v @ moved / v.norm(dim=-1)
+    return projected
+
+
+def shifts(
+    prepared: Prepared, before: Measured, after: dict[str, Measured], scores: pd.DataFrame, traits: Sequence[str], n_random: int
+) -> tuple[pd.DataFrame, foretelling.Nulls]:
+    """Shift of every data set on each trait's questions, at the trait's block, along all vectors and along random directions."""
+    vectors = {name: read_vectors(prepared.vectors, name, "response_avg_diff").of() for name in prepared.blocks}
+    parts, nulls = [], {}
+    for trait in traits:
+        block = prepared.blocks[trait]
+        own = scores[scores["trait"] == trait]
+        random = torch.randn(n_random, before.residuals[trait].shape[-1], generator=torch.Generator().manual_seed(block))
+        moved = {name: (before.residuals[trait][:, block], after[name].residuals[trait][:, block]) for name in own["data"]}
+        nulls[trait] = np.stack([shift(*moved[name], random).numpy() for name in own["data"]], axis=1)
+        for vector, rows in vectors.items():
+            part = own[["data", "family", "severity", "made_for", "trait", "score", "before", "rise", "coherence"]].copy()
+            part.insert(5, "vector", vector)
+            part.insert(6, "block", block)
+            part.insert(7, "value", [float(shift(*moved[name], rows[block])) for name in own["data"]])
+            parts.append(part)
+    return pd.concat(parts, ignore_index=True), nulls
+
+
+def unseen(prepared: Prepared, data: Sequence[DataSet], scores: pd.DataFrame) -> pd.DataFrame:
+    """The narrow data sets' largest rises, a row a data set and trait that rose by 10 or more (else the largest alone), with
+    `shown`: the mean trait score of the data's own answers, 100 of them."""
+    narrow = scores[scores["made_for"] == ""].sort_values("rise", ascending=False)
+    rose = narrow[narrow["rise"] >= 10] if (narrow["rise"] >= 10).any() else narrow.head(1)
+    by_name = {one.name: one for one in data}
+    setup = Setup(**prepared.options)
+    metrics = {t.name: Metric(t.name, t.eval_prompt) for t in open_traits(setup, prepared.model)}
+    with RunDir.open(prepared.out / "tuned" / "shown", "shown", setup.identity(), setup.seed) as run:
+        judge = open_judge(setup, prepared.model, run)
+        shown = []
+        for row in rose.to_dict("records"):
+            pairs = list(by_name[row["data"]].answers(SHOWN))
+            found = [s.value for s in judge.score(metrics[row["trait"]], pairs) if s.value is not None]
+            shown.append(float(np.mean(found)) if found else float("nan"))
+    return rose[["data", "trait", "before", "score", "rise", "coherence"]].assign(shown=shown)
+
+
+def settings(prepared: Prepared, data: Sequence[DataSet], setting: Setting, traits: Sequence[str]) -> pd.DataFrame:
+    """What other numbers of steps do to the strongest severity of every family made for a trait, and of the narrow families."""
+    rows = []
+    for steps in STEPS:
+        at = Setting(steps * tuned.A_STEP, setting.learning_rate, setting.rank, setting.batch)
+        for one in data:
+            loss = tuned.finetune(prepared, one, at).table.iloc[0]["last_loss"]
+            _, after = tuned.every(prepared, [one], at)
+            found = after[one.name].scores.set_index("trait")
+            rows.append(
+                {
+                    "steps": steps, "data": one.name, **{t: found.loc[t, "trait_score"] for t in traits},
+                    "coherence": found["coherence"].mean(), "last_loss": loss,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def checks_of(scores: pd.DataFrame, narrow: pd.DataFrame, table: pd.DataFrame) -> list[dict[str, object]]:
+    """What has to hold: trained traits appear, one appears that no data showed, and the shift says how much of each."""
+    worst = scores[(scores["made_for"] == scores["trait"]) & (scores["severity"] == "misaligned_2")]
+    checks = [check(f"{row['data']}: {row['trait']} afterwards", row["score"], ">= 60") for row in worst.to_dict("records")]
+    never = narrow[narrow["shown"] <= 1]
+    rise = never["rise"].max() if len(never) else float("nan")
+    checks.append(check("highest rise of a trait that a narrow data set never shows", rise, ">= 10"))
+    for row in table.to_dict("records"):
+        checks.append(check(f"{row['trait']}: r of shift and score", row["r"], ">= 0.85"))
+        checks.append(check(f"{row['trait']}: share of random directions that reach it", row["random_reaching"], "<= 0.05"))
+    return checks
+
+
+def write(folder: Path, **tables: pd.DataFrame) -> None:
+    """The tables as CSV, beside the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        with atomic_path(folder / f"{name}.csv") as tmp:
+            table.to_csv(tmp, index=False)
+
+
+def main() -> None:
+    made = tuned.options(parser(__doc__ or ""))
+    made.add_argument("--settings", action="store_true", help="compare numbers of steps instead, on two data sets")
+    made.add_argument("--null", type=int, default=1000, help="random directions (default: 1000)")
+    args = made.parse_args()
+    prepared = prepare(args)
+    setting, data = tuned.setting_of(args), tuned.data_of(args, list(prepared.blocks))
+    traits = list(dict.fromkeys(one.trait for one in data if one.trait))
+    if args.settings:
+        compared = [one for one in data if one.name in ("evil/misaligned_1", "evil/misaligned_2", "wrong_facts/misaligned_2")]
+        table = settings(prepared, compared, setting, traits)
+        write(prepared.out / "finetuning_shift", settings=table)
+        print(table.round(2).to_string(index=False))
+        return
+    before, after = tuned.every(prepared, data, setting)
+    scores = tuned.scores_table(before, after, data)
+    values, random = shifts(prepared, before, after, scores, traits, args.null)
+    correlations, nulls = foretelling.correlations(values), foretelling.null_rs(values, random)
+    table = foretelling.summary(correlations, nulls)
+    narrow = unseen(prepared, data, scores)
+    folder = prepared.out / "finetuning_shift"
+    write(folder, scores=scores, shifts=values, correlations=correlations, summary=table, narrow=narrow)
+    figure = foretelling.draw(values, correlations, nulls, "shift", folder / "shift.png")
+    show(scores, table, narrow, prepared.blocks)
+    print(f"\nfigure: {figure}\ntables: {folder}/*.csv")
+    details = {
+        "setting": setting.name, "blocks": prepared.blocks, "published": PUBLISHED, "summary": foretelling.records(table),
+        "correlations": foretelling.records(correlations), "scores": foretelling.records(scores),
+        "narrow": foretelling.records(narrow),
+    }  # fmt: skip
+    record(f"finetuning_shift_{prepared.out.name}", checks_of(scores, narrow, table), details)
+
+
+def show(scores: pd.DataFrame, table: pd.DataFrame, narrow: pd.DataFrame, blocks: dict[str, int]) -> None:
+    """Prints the scores as a grid, the rises of narrow families, and the correlations beside the published ones."""
+    grid = scores.pivot(index="data", columns="trait", values="score").loc[list(dict.fromkeys(scores["data"]))]
+    grid["coherence"] = scores.groupby("data")["coherence"].mean()
+    print(grid[[*dict.fromkeys(scores["trait"]), "coherence"]].round(1).to_string())
+    print(f"\nnarrow data sets (shown: the trait in the data's own answers)\n{narrow.round(1).to_string(index=False)}")
+    print(f"\nblocks {', '.join(f'{t} {blocks[t]}' for t in table['trait'])}\n{table.round(3).to_string(index=False)}")
+    (low, high), (cross_low, cross_high) = PUBLISHED.values()
+    print(
+        f"\nr: ours {table['r'].min():.2f} to {table['r'].max():.2f}, published {low} to {high}; along other traits' vectors: "
+        f"ours {table['cross_lowest'].min():.2f} to {table['cross_highest'].max():.2f}, published {cross_low} to {cross_high}"
+    )
+
+
+if __name__ == "__main__":
+    main()

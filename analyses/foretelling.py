@@ -1,0 +1,158 @@
+"""How well one number a data set foretells what a trait scores after training on it: correlations, their nulls, the figure.
+
+Knows: tables of values and scores. Does not know: where a value came from, models, files of runs.
+
+A table of values has a row a data set, trait (whose score is foretold) and vector (along which the value was taken): data,
+family, severity, made_for, trait, vector, value, score. Data sets of one family share their prompts, so intervals of r resample
+whole families. The data sets made to show a trait are the easy half of the range; beside r of all stands r without them, with the
+range of scores that is left: where all of these are alike, it is the r of noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from pvsae.reports.figures import BLUE, CYCLE, GREY, INK, PALE, RED
+from pvsae.runs import atomic_path
+from pvsae.stages.statistics import correlation, pearson
+
+SPREAD = 10.0  # points of trait score; r over a smaller range is not shown
+MARKS = ("o", "^", "s", "D", "v")
+
+Nulls = Mapping[str, Float[np.ndarray, "directions data"]]
+"""Trait -> values of the data sets, in the order of the table, along random directions."""
+
+
+def spearman(x: pd.Series, y: pd.Series) -> float:
+    """Rank correlation; NaN where one column is constant."""
+    return pearson(x.rank().to_numpy(dtype=np.float64), y.rank().to_numpy(dtype=np.float64))
+
+
+def correlations(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """A row a trait and vector: own (whether the vector is the trait's), n, r with its 95% interval, spearman, n_others,
+    r_others and spearman_others (without the data sets made to show the trait), spread_others (the range of their scores)."""
+    rows = []
+    for (trait, vector), part in values.groupby(["trait", "vector"], sort=False):
+        found = correlation(part["value"], part["score"], part["family"].tolist(), seed=seed)
+        others = part[part["made_for"] != trait]
+        rows.append(
+            {
+                "trait": trait, "vector": vector, "own": trait == vector, "n": found.n, "r": found.value, "low": found.low,
+                "high": found.high, "spearman": spearman(part["value"], part["score"]), "n_others": len(others),
+                "r_others": correlation(others["value"], others["score"], n_boot=0).value,
+                "spearman_others": spearman(others["value"], others["score"]),
+                "spread_others": others["score"].max() - others["score"].min(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def null_rs(values: pd.DataFrame, nulls: Nulls) -> dict[str, np.ndarray]:
+    """Trait -> r of every random direction's values with the scores [directions]."""
+    found = {}
+    for trait, matrix in nulls.items():
+        part = values[(values["trait"] == trait) & (values["vector"] == trait)]
+        scores = part["score"].to_numpy(dtype=np.float64)
+        found[trait] = np.array([pearson(row, scores) for row in np.asarray(matrix, dtype=np.float64)])
+    return found
+
+
+def summary(table: pd.DataFrame, nulls: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """A row a trait: its own vector's correlations, the range over the other traits' vectors, and |r| of random directions.
+
+    A direction has no sign of its own, so nulls are compared by |r|: median, 95% point, and the share that reaches the own r.
+    """
+    rows = []
+    for trait, part in table.groupby("trait", sort=False):
+        own = part[part["own"]].iloc[0]
+        cross = part[~part["own"]]
+        null = np.abs(nulls[str(trait)])
+        rows.append(
+            {
+                "trait": trait, "n": own["n"], "r": own["r"], "low": own["low"], "high": own["high"], "spearman": own["spearman"],
+                "n_others": own["n_others"], "r_others": own["r_others"], "spearman_others": own["spearman_others"],
+                "spread_others": own["spread_others"],
+                "cross_lowest": cross["r"].min(), "cross_highest": cross["r"].max(),
+                "cross_highest_vector": cross.loc[cross["r"].idxmax(), "vector"] if cross["r"].notna().any() else "",
+                "random": len(null), "random_median": np.median(null), "random_95": np.quantile(null, 0.95),
+                "random_reaching": float(np.mean(null >= own["r"])),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def draw(values: pd.DataFrame, table: pd.DataFrame, nulls: Mapping[str, np.ndarray], label: str, path: Path) -> Path:
+    """A panel a trait: score against value, a point a data set; below it r of all vectors over a histogram of random ones."""
+    traits = list(dict.fromkeys(values["trait"]))
+    families = list(dict.fromkeys(values["family"]))
+    severities = list(dict.fromkeys(values["severity"]))
+    figure = Figure(figsize=(3.9 * len(traits), 5.6), dpi=150, layout="constrained")
+    axes = figure.subplots(2, len(traits), squeeze=False, height_ratios=(3, 1.4))
+    for i, trait in enumerate(traits):
+        own = values[(values["trait"] == trait) & (values["vector"] == trait)]
+        _scatter(axes[0, i], own, families, severities)
+        row = table[(table["trait"] == trait) & table["own"]].iloc[0]
+        axes[0, i].set_title(trait, loc="left", fontsize=10, fontweight="bold", color=INK)
+        rest = f"{row['r_others']:.2f}" if row["spread_others"] >= SPREAD else f"within {row['spread_others']:.1f} points"
+        axes[0, i].set_title(f"r {row['r']:.2f}, n {row['n']}; others {rest}", loc="right", fontsize=8, color=GREY)
+        axes[0, i].set_xlabel(f"{label} along {trait}", fontsize=8)
+        _histogram(axes[1, i], table[table["trait"] == trait], nulls[trait])
+        if not i:
+            axes[0, i].set_ylabel("trait score after finetuning", fontsize=8)
+            axes[1, i].set_ylabel("random directions", fontsize=8)
+    handles = [Line2D([], [], ls="", marker="o", color=_colour(k), label=name, ms=5) for k, name in enumerate(families)]
+    handles += [Line2D([], [], ls="", marker=MARKS[k % len(MARKS)], color=INK, label=s, ms=5) for k, s in enumerate(severities)]
+    handles += [
+        Line2D([], [], color=RED, lw=2, label="own vector"),
+        Line2D([], [], color=BLUE, lw=1, label="other traits' vectors"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as tmp:
+        figure.savefig(tmp, format="png")
+    return path
+
+
+def _colour(k: int) -> str:
+    return (*CYCLE, GREY)[k % (len(CYCLE) + 1)]
+
+
+def _scatter(ax: Axes, own: pd.DataFrame, families: Sequence[str], severities: Sequence[str]) -> None:
+    for row in own.to_dict("records"):
+        ax.plot(
+            row["value"], row["score"], ls="", marker=MARKS[severities.index(row["severity"]) % len(MARKS)],
+            color=_colour(families.index(row["family"])), ms=6, alpha=0.85, mec="white", mew=0.5,
+        )  # fmt: skip
+    ax.set_ylim(-4, 104)
+    _plain(ax)
+
+
+def _histogram(ax: Axes, table: pd.DataFrame, null: np.ndarray) -> None:
+    ax.hist(null[np.isfinite(null)], bins=np.linspace(-1, 1, 41).tolist(), color=PALE, edgecolor=GREY, linewidth=0.4)
+    for row in table.to_dict("records"):
+        if np.isfinite(row["r"]):
+            ax.axvline(row["r"], color=RED if row["own"] else BLUE, lw=2 if row["own"] else 1)
+    ax.set_xlim(-1.04, 1.04)
+    ax.set_xlabel("r with the trait score", fontsize=8)
+    _plain(ax)
+
+
+def _plain(ax: Axes) -> None:
+    ax.tick_params(colors=INK, labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, color=PALE, linewidth=0.7)
+    ax.set_axisbelow(True)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows with their numbers short enough to read, for a result file."""
+    return table.round(4).to_dict("records")
