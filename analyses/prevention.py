@@ -91,8 +91,8 @@ class Size:
 
 
 FULL = Size(
-    coefs=(0.5, 1.0, 2.0), features=(1.0, 2.0), post_hoc=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), weights=(0.1, 1.0, 10.0), steps=40,
-    learning_rate=1e-3, curve_steps=(20, 40, 100), curve_rates=(3e-4, 1e-3, 5e-3), curve_coefs=(1.0, 2.0),
+    coefs=(0.5, 1.0, 2.0), features=(1.0, 2.0), post_hoc=(1.0, 2.0, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0), weights=(0.1, 1.0, 10.0),
+    steps=40, learning_rate=1e-3, curve_steps=(20, 40, 100), curve_rates=(3e-4, 1e-3, 5e-3), curve_coefs=(1.0, 2.0),
     asked=Asked(samples=3, choice=2, questions=None, able=True, limit=None), held_out=160,
 )  # fmt: skip
 QUICK = Size(

@@ -45,9 +45,15 @@ PUBLISHED: dict[str, dict[str, float]] = {
 }
 COLOURS = {
     BASE: GREY, PLAIN: INK, POST_HOC: RED, ONE: BLUE, EVERY: SKY, FEATURE: GREEN, CAFT: ORANGE, CAFT_EVERY: YELLOW,
-    REGULARISED: PURPLE, INOCULATED: "#7A5195", DISCOURAGED: "#B07AA1",
+    REGULARISED: PURPLE, INOCULATED: "#7A5195", DISCOURAGED: "#8C564B",
 }  # fmt: skip
-MARKERS = {BASE: "D", PLAIN: "X", POST_HOC: "v", REGULARISED: "s", INOCULATED: "P", DISCOURAGED: "*", CAFT: "h", CAFT_EVERY: "H"}
+PANELS = (  # column, label, least width of its axis
+    ("coherence", "coherence", 10.0),
+    ("capability", "capability, % right", 10.0),
+    ("train_loss", "training loss, under the treatment", 0.2),
+    ("held_out_loss", "loss on rows held out, without it", 0.2),
+)
+MARKERS = {BASE: "D", PLAIN: "X", POST_HOC: "v", REGULARISED: "s", INOCULATED: "<", DISCOURAGED: ">", CAFT: "h", CAFT_EVERY: "H"}
 
 
 def chosen(rows: pd.DataFrame) -> pd.Series:
@@ -131,28 +137,27 @@ def _one(rows: pd.DataFrame, method: str) -> pd.Series:
 
 # ------------------------------------------------------------------------------------------------------------------ showing it
 def draw(table: pd.DataFrame, comparison: pd.DataFrame, path: Path) -> Path:
-    """A row of panels a trait: trait score by strength; then trait score against coherence, capability and training loss."""
+    """A row of panels a trait: trait score by strength; then trait score against coherence, capability and both losses."""
     traits = list(dict.fromkeys(table["trait"]))
-    figure = Figure(figsize=(14.0, 2.9 * len(traits) + 0.7), dpi=150, layout="constrained")
-    panels = (("coherence", "coherence"), ("capability", "capability, % right"), ("train_loss", "training loss, nats a token"))
+    figure = Figure(figsize=(16.0, 2.9 * len(traits) + 0.7), dpi=150, layout="constrained")
     for i, trait in enumerate(traits):
         part = table[table["trait"] == trait]
         best = comparison[comparison["trait"] == trait].iloc[0]
-        ax = _axes(figure, len(traits), 4 * i + 1)
+        ax = _axes(figure, len(traits), (1 + len(PANELS)) * i + 1)
         _strengths(ax, part)
         ax.set_ylabel(f"{trait}\ntrait score afterwards", fontsize=8)
-        for j, (column, label) in enumerate(panels):
-            ax = _axes(figure, len(traits), 4 * i + j + 2)
-            _scatter(ax, part, best, column)
+        for j, (column, label, least) in enumerate(PANELS):
+            ax = _axes(figure, len(traits), (1 + len(PANELS)) * i + j + 2)
+            _scatter(ax, part, best, column, least)
             ax.set_xlabel(label, fontsize=8)
     handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     return _saved(figure, path)
 
 
 def _axes(figure: Figure, rows: int, number: int) -> Axes:
-    ax = figure.add_subplot(rows, 4, number)
-    ax.set_ylim(-4, 104)
+    ax = figure.add_subplot(rows, 1 + len(PANELS), number)
+    ax.set_ylim(-5, 105)
     ax.tick_params(colors=INK, labelsize=7)
     ax.grid(True, color=PALE, linewidth=0.7)
     ax.set_axisbelow(True)
@@ -174,20 +179,27 @@ def _strengths(ax: Axes, part: pd.DataFrame) -> None:
     ax.set_xlabel("strength, multiples of the vector's length", fontsize=8)
 
 
-def _scatter(ax: Axes, part: pd.DataFrame, best: pd.Series, column: str) -> None:
-    """Trait score against another number, methods with strengths as curves. The chosen setting has a ring."""
+def _scatter(ax: Axes, part: pd.DataFrame, best: pd.Series, column: str, least: float) -> None:
+    """Trait score against another number, methods with strengths as curves. The chosen setting has a ring.
+
+    Args:
+        least: the axis spans as much, so that differences that mean nothing look like it.
+    """
     for method, own in part.groupby("method", sort=False):
         name = str(method)
         own = own[own[column].notna()].sort_values("strength")
-        if len(own):
+        if len(own) and not (name == POST_HOC and column == "train_loss"):  # it is plain finetuning's
             style = "-" if len(own) > 1 else ""
             ax.plot(
-                own[column], own["trait_score"], style, marker=MARKERS.get(name, "o"), color=COLOURS[name], markersize=5,
-                linewidth=1, label=name,
+                own[column], own["trait_score"], style, marker=MARKERS.get(name, "o"), color=COLOURS[name], markersize=6.5,
+                markeredgecolor="white", markeredgewidth=0.5, linewidth=1, alpha=0.9, label=name,
             )  # fmt: skip
     row = part[(part["method"] == best["method"]) & (part["strength"] == best["strength"])].iloc[0]
     ax.plot(row[column], row["trait_score"], "o", markersize=12, markerfacecolor="none", color=INK, label="the chosen setting")
     ax.margins(x=0.08)
+    low, high = ax.get_xlim()
+    if high - low < least:
+        ax.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def draw_curves(curves: pd.DataFrame, path: Path) -> Path:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pvsae.errors import UserError
 from pvsae.parts import parts_of, records, rows_at
 from pvsae.runs import RunDir, atomic_path
+from pvsae.screening.worker import slug
 from pvsae.sources import Bad, Reader
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def judged_scores(
     reader = Reader(data.source)
     values, failed = [], 0
     for part in data.parts:
-        name = f"filter/{data.name}/{metric.name}-{part.number:06d}"
+        name = f"filter/{slug(data.name)}/{metric.name}-{part.number:06d}"
 
         def compute(part: Any = part) -> pd.DataFrame:
             return pd.DataFrame(_judge_part(list(records(part)), usable, reader, judge, metric))

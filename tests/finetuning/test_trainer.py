@@ -75,7 +75,7 @@ def test_the_first_loss_is_that_of_the_untouched_model_on_the_answers_alone(mode
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("what", ["nothing", "steering", "penalty"])
+@pytest.mark.parametrize("what", [pytest.param("nothing", marks=pytest.mark.slow), "steering", "penalty"])
 def test_a_training_is_what_a_plain_loop_gives(model, tmp_path, what) -> None:
     """The same three steps in plain torch and peft: no Trainer, no padding, no hooks of ours, a copied base model."""
     treatment = {"nothing": Treatment(), "steering": steering(model), "penalty": regularising(model)}[what]
@@ -298,7 +298,7 @@ def whole(tiny_models, tmp_path_factory):
     return trained(model, tmp_path_factory.mktemp("whole"), scheduled(model), **OPTIONS)
 
 
-@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_killed_at_a_step_it_ends_with_the_same_bits(model, whole, tmp_path, monkeypatch, at) -> None:
     log = trainer._AdapterTrainer.log
 

@@ -17,6 +17,7 @@ from pvsae.models import (
     Direction,
     LastPrompt,
     Positions,
+    Projection,
     Reconstruct,
     Residual,
     SpanMean,
@@ -449,3 +450,23 @@ def test_vectors_are_cast_once_and_not_at_every_step(tiny_models):
         for _ in range(4):
             past = model.forward(step, past=past, use_cache=True).past
     assert casts == [torch.float32]
+
+
+def test_edits_and_captures_keep_their_precision_under_autocast(tiny_models):
+    model = tiny_models("qwen2")
+    u, rows = direction(model, norm=1.0), rendered_rows(model)
+    watch = Projection((u,), 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.hooks([Ablate(u, 2)], [watch]) as session:
+        model.forward(batch_of(model, rows))
+    (left,) = session.take()[watch.key]
+    assert all(values.dtype is torch.float32 for values in left)
+    assert max(float(values.abs().max()) for values in left) < 1e-5  # products in bfloat16 would leave a thousand times as much
+
+
+def test_logits_at_some_positions_are_those_of_all(tiny_model):
+    rows = rendered_rows(tiny_model)
+    batch = batch_of(tiny_model, rows)
+    keep = torch.tensor([1, 2, batch.input_ids.shape[1] - 1])
+    with torch.no_grad():
+        some, full = (tiny_model.forward(batch, logits=which).logits for which in (keep, "all"))
+    assert torch.allclose(some, full[:, keep], atol=1e-5)

@@ -1,0 +1,67 @@
+"""`pvsae screen` and `pvsae gate` from the command line: options, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pvsae.cli import main
+from pvsae.vectors import PersonaVectors
+from tests.screening.chats import chats, write_jsonl
+
+
+@pytest.fixture
+def words(tmp_path, tiny_folders, tiny_models, monkeypatch):
+    """The arguments that both commands share; the working folder is a new one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    model = tiny_models("qwen2")
+    values = torch.randn(model.n_blocks, model.d_model, generator=torch.Generator().manual_seed(0))
+    PersonaVectors("gloomy", {"response_avg_diff": values}).save(tmp_path / "gloomy.safetensors")
+    write_jsonl(tmp_path / "data.jsonl", chats(6))
+    common = ["data.jsonl", "--model", str(tiny_folders("qwen2")), "--vectors", "gloomy.safetensors"]
+    return [*common, "--base", "none", "--dtype", "float32"]
+
+
+def test_screen_writes_tables_a_figure_and_a_page(words, tmp_path, capsys) -> None:
+    assert main(["screen", *words, "--layer", "2", "3", "--select", "2", "--out", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "gloomy" in printed
+    assert "report: run/report.html" in printed
+    assert len(list((tmp_path / "run" / "selections").rglob("top.jsonl"))) == 2
+    assert {p.parent.name for p in (tmp_path / "run" / "selections").rglob("top.jsonl")} == {"gloomy_block1", "gloomy_block2"}
+    assert (tmp_path / "run" / "figures" / "screening.png").stat().st_size > 1000
+    assert "projection difference" in (tmp_path / "run" / "report.html").read_text().lower()
+
+
+def test_screen_says_what_it_would_do(words, capsys) -> None:
+    assert main(["screen", *words, "--dry-run"]) == 0
+    assert "6 rows" in capsys.readouterr().out
+
+
+def test_gate_ends_with_1_for_bad_data_and_with_2_for_wrong_input(words, tmp_path, capsys) -> None:
+    gate = ["gate", *words, "--trait", "gloomy", "--blocks", "1", "--out", "gate"]
+    assert main([*gate, "--max-dp", "1e9"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "gate: passed"
+    assert main([*gate, "--max-dp", "-1000000", "--junit", "gate.xml", "--github"]) == 1
+    printed = capsys.readouterr().out
+    assert "::error file=data.jsonl,line=1," in printed
+    assert "gate: 1 of 2 checks failed" in printed
+    assert (tmp_path / "gate.xml").read_text().count("<failure") == 1
+    assert main(gate) == 2
+    assert "no limit" in capsys.readouterr().err
+    assert main([*gate, "--max-dp", "1", "--layer", "2"]) == 2
+    assert "one of them" in capsys.readouterr().err
+
+
+def test_gate_finds_its_limit_and_speaks_to_github_by_itself(words, tmp_path, capsys, monkeypatch) -> None:
+    options = [*words[1:], "--trait", "gloomy", "--blocks", "1"]
+    found = ["--calibrate", "data.jsonl", "--quantile", "0.5", "--write-limits", "limits.json"]
+    assert main(["gate", *options, *found, "--out", "normal"]) == 0
+    assert "0.5 of 6 normal rows" in capsys.readouterr().out
+    assert json.loads((tmp_path / "limits.json").read_text())["limits"]["gloomy, block 1"]["quantile"] == 0.5
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert main(["gate", "data.jsonl", *options, "--limits", "limits.json", "--out", "gate"]) == 1
+    assert capsys.readouterr().out.count("::error file=") == 3
