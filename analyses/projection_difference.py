@@ -117,13 +117,13 @@ def main() -> None:
     made = tuned.options(parser(__doc__ or ""))
     made.add_argument("--null", type=int, default=40, help="random directions, screened with the vectors (default: 40)")
     made.add_argument(
-        "--screened", type=int, default=200, help="rows of each data set that are screened; 0 for all (default: 200)"
+        "--screened", type=int, default=200, help="rows of each data set that are screened; 0 for those trained on (default: 200)"
     )
     args = made.parse_args()
     prepared = prepare(args)
     setting, data = tuned.setting_of(args), tuned.data_of(args, list(prepared.blocks))
     traits = list(dict.fromkeys(one.trait for one in data if one.trait))
-    most = min((n for n in (setting.rows, args.screened) if n), default=None)
+    most = args.screened or setting.rows
     found = screened(prepared, data, most, traits, args.null)
     before, after = tuned.every(prepared, data, setting)
     scores = tuned.scores_table(before, after, data)

@@ -76,7 +76,9 @@ class DataSet:
 class Setting:
     """How all data sets are trained on: `rows` of each (None: all of them), each seen once, so rows / 16 steps.
 
-    The defaults of the command line are those of the embedded models; the paper's are rank 32, lr 1e-5 and every row.
+    The defaults of the command line are those of the embedded models; the paper's are rank 32, lr 1e-5 and every row. 10 steps
+    suffice there: the strongest severity of the families made for a trait ends at 91 to 97 of 100, as after 40, and answers stay
+    coherent after every data set (93 and more; after 40 steps of wrong facts 87).
     """
 
     rows: int | None
