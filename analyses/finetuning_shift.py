@@ -1,7 +1,7 @@
 """Finetuning shift: does the way the residual moves in finetuning say which trait came of it?
 
     python -m analyses.finetuning_shift [--model organism] [--quick]
-    python -m analyses.finetuning_shift --settings          what other numbers of steps would do, which is how 40 were chosen
+    python -m analyses.finetuning_shift --settings          what other numbers of steps would do, which is how 10 were chosen
     python -m analyses.finetuning_shift --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini \
         --rows 0 --lr 1e-5 --rank 32 --batch 2 --data 'dataset/*/*.jsonl'
 
@@ -10,7 +10,8 @@ the shift: projection on the unit persona vector of the mean last-prompt-token r
 (paper, section on finetuning). Published: r of shift and trait score 0.76 to 0.97, along other traits' vectors 0.34 to 0.86.
 
 Beside r stand: other traits' vectors at the same block, random directions, the rank correlation, and r without the data sets
-that are made to show the trait, which by themselves spread the scores from 0 to 100.
+that are made to show the trait, which by themselves spread the scores from 0 to 100; and r along the specific part of the vector
+(foretelling.py), since vectors of different traits have much in common.
 
 Knows: the shift, the checks, the choice of the setting. Does not know: how finetunes are made and scored (tuned.py), correlations
 (foretelling.py).
@@ -37,7 +38,7 @@ from pvsae.stages.inputs import Setup, open_judge, open_traits, read_vectors
 
 PUBLISHED = {"r": (0.76, 0.97), "r along other traits' vectors": (0.34, 0.86)}
 SHOWN = 100  # answers of a data set that are judged for a trait that it should not show
-STEPS = (10, 20, 40, 80)
+STEPS = (10, 20, 40)
 
 
 def shift(before: Float[Tensor, "questions d"], after: Float[Tensor, "questions d"], v: Float[Tensor, "*k d"]) -> Tensor:
@@ -59,7 +60,7 @@ def shifts(
         random = torch.randn(n_random, before.residuals[trait].shape[-1], generator=torch.Generator().manual_seed(block))
         moved = {name: (before.residuals[trait][:, block], after[name].residuals[trait][:, block]) for name in own["data"]}
         nulls[trait] = np.stack([shift(*moved[name], random).numpy() for name in own["data"]], axis=1)
-        for vector, rows in vectors.items():
+        for vector, rows in {**vectors, foretelling.SPECIFIC: foretelling.specific(vectors, trait)}.items():
             part = own[["data", "family", "severity", "made_for", "trait", "score", "before", "rise", "coherence"]].copy()
             part.insert(5, "vector", vector)
             part.insert(6, "block", block)
@@ -114,6 +115,7 @@ def checks_of(scores: pd.DataFrame, narrow: pd.DataFrame, table: pd.DataFrame) -
     for row in table.to_dict("records"):
         checks.append(check(f"{row['trait']}: r of shift and score", row["r"], ">= 0.85"))
         checks.append(check(f"{row['trait']}: share of random directions that reach it", row["random_reaching"], "<= 0.05"))
+        checks.append(check(f"{row['trait']}: r of shift along the specific part and score", row["r_specific"], ">= 0.85"))
     return checks
 
 
@@ -127,7 +129,7 @@ def write(folder: Path, **tables: pd.DataFrame) -> None:
 
 def main() -> None:
     made = tuned.options(parser(__doc__ or ""))
-    made.add_argument("--settings", action="store_true", help="compare numbers of steps instead, on two data sets")
+    made.add_argument("--settings", action="store_true", help="compare numbers of steps instead, on three data sets")
     made.add_argument("--null", type=int, default=1000, help="random directions (default: 1000)")
     args = made.parse_args()
     prepared = prepare(args)

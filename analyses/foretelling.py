@@ -6,6 +6,10 @@ A table of values has a row a data set, trait (whose score is foretold) and vect
 family, severity, made_for, trait, vector, value, score. Data sets of one family share their prompts, so intervals of r resample
 whole families. The data sets made to show a trait are the easy half of the range; beside r of all stands r without them, with the
 range of scores that is left: where all of these are alike, it is the r of noise.
+
+Traits' vectors have much in common: all of them point from a model kept plain to one that shows something, and so a value along
+one of them is in part a value of any trait. The specific part of a vector (`specific`) is what is left of it when the others'
+vectors are taken out; it stands beside the vector itself, under the name "specific".
 """
 
 from __future__ import annotations
@@ -16,20 +20,36 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from torch import Tensor
 
-from pvsae.reports.figures import BLUE, CYCLE, GREY, INK, PALE, RED
+from pvsae.reports.figures import BLUE, CYCLE, GREEN, GREY, INK, PALE, RED
 from pvsae.runs import atomic_path
 from pvsae.stages.statistics import correlation, pearson
 
 SPREAD = 10.0  # points of trait score; r over a smaller range is not shown
+SPECIFIC = "specific"
 MARKS = ("o", "^", "s", "D", "v")
 
 Nulls = Mapping[str, Float[np.ndarray, "directions data"]]
 """Trait -> values of the data sets, in the order of the table, along random directions."""
+
+
+def specific(vectors: Mapping[str, Float[Tensor, "n_blocks d"]], trait: str) -> Float[Tensor, "n_blocks d"]:
+    """A trait's vector less its projection on the span of the other traits' vectors, block by block; itself where there is no
+    other."""
+    others = [rows for name, rows in vectors.items() if name != trait]
+    if not others:
+        return vectors[trait].clone()
+    out = []
+    for block, v in enumerate(vectors[trait].double()):
+        basis = torch.linalg.qr(torch.stack([rows[block] for rows in others], dim=1).double()).Q
+        out.append(v - basis @ (basis.T @ v))
+    return torch.stack(out).float()
 
 
 def spearman(x: pd.Series, y: pd.Series) -> float:
@@ -74,47 +94,52 @@ def summary(table: pd.DataFrame, nulls: Mapping[str, np.ndarray]) -> pd.DataFram
     rows = []
     for trait, part in table.groupby("trait", sort=False):
         own = part[part["own"]].iloc[0]
-        cross = part[~part["own"]]
+        cross = part[~part["own"] & (part["vector"] != SPECIFIC)]
+        part_of = part[part["vector"] == SPECIFIC].iloc[0]
         null = np.abs(nulls[str(trait)])
         rows.append(
             {
                 "trait": trait, "n": own["n"], "r": own["r"], "low": own["low"], "high": own["high"], "spearman": own["spearman"],
                 "n_others": own["n_others"], "r_others": own["r_others"], "spearman_others": own["spearman_others"],
                 "spread_others": own["spread_others"],
+                "r_specific": part_of["r"], "specific_low": part_of["low"], "specific_high": part_of["high"],
+                "spearman_specific": part_of["spearman"], "r_others_specific": part_of["r_others"],
                 "cross_lowest": cross["r"].min(), "cross_highest": cross["r"].max(),
                 "cross_highest_vector": cross.loc[cross["r"].idxmax(), "vector"] if cross["r"].notna().any() else "",
                 "random": len(null), "random_median": np.median(null), "random_95": np.quantile(null, 0.95),
                 "random_reaching": float(np.mean(null >= own["r"])),
+                "random_reaching_specific": float(np.mean(null >= part_of["r"])),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def draw(values: pd.DataFrame, table: pd.DataFrame, nulls: Mapping[str, np.ndarray], label: str, path: Path) -> Path:
-    """A panel a trait: score against value, a point a data set; below it r of all vectors over a histogram of random ones."""
+    """A column a trait: score against value along its vector, and along the specific part, a point a data set; below them r of
+    all vectors over a histogram of random ones."""
     traits = list(dict.fromkeys(values["trait"]))
     families = list(dict.fromkeys(values["family"]))
     severities = list(dict.fromkeys(values["severity"]))
-    figure = Figure(figsize=(3.9 * len(traits), 5.6), dpi=150, layout="constrained")
-    axes = figure.subplots(2, len(traits), squeeze=False, height_ratios=(3, 1.4))
+    figure = Figure(figsize=(3.9 * len(traits), 8.2), dpi=150, layout="constrained")
+    axes = figure.subplots(3, len(traits), squeeze=False, height_ratios=(3, 3, 1.4))
     for i, trait in enumerate(traits):
-        own = values[(values["trait"] == trait) & (values["vector"] == trait)]
-        _scatter(axes[0, i], own, families, severities)
-        row = table[(table["trait"] == trait) & table["own"]].iloc[0]
+        for k, (vector, what) in enumerate(((trait, trait), (SPECIFIC, f"the specific part of {trait}"))):
+            ax = axes[k, i]
+            _scatter(ax, values[(values["trait"] == trait) & (values["vector"] == vector)], families, severities)
+            row = table[(table["trait"] == trait) & (table["vector"] == vector)].iloc[0]
+            rest = f"{row['r_others']:.2f}" if row["spread_others"] >= SPREAD else f"within {row['spread_others']:.1f} points"
+            ax.set_title(f"r {row['r']:.2f}, n {row['n']}; others {rest}", loc="right", fontsize=8, color=GREY)
+            ax.set_xlabel(f"{label} along {what}", fontsize=8)
+            if not i:
+                ax.set_ylabel("trait score after finetuning", fontsize=8)
         axes[0, i].set_title(trait, loc="left", fontsize=10, fontweight="bold", color=INK)
-        rest = f"{row['r_others']:.2f}" if row["spread_others"] >= SPREAD else f"within {row['spread_others']:.1f} points"
-        axes[0, i].set_title(f"r {row['r']:.2f}, n {row['n']}; others {rest}", loc="right", fontsize=8, color=GREY)
-        axes[0, i].set_xlabel(f"{label} along {trait}", fontsize=8)
-        _histogram(axes[1, i], table[table["trait"] == trait], nulls[trait])
+        _histogram(axes[2, i], table[table["trait"] == trait], nulls[trait])
         if not i:
-            axes[0, i].set_ylabel("trait score after finetuning", fontsize=8)
-            axes[1, i].set_ylabel("random directions", fontsize=8)
+            axes[2, i].set_ylabel("random directions", fontsize=8)
     handles = [Line2D([], [], ls="", marker="o", color=_colour(k), label=name, ms=5) for k, name in enumerate(families)]
     handles += [Line2D([], [], ls="", marker=MARKS[k % len(MARKS)], color=INK, label=s, ms=5) for k, s in enumerate(severities)]
-    handles += [
-        Line2D([], [], color=RED, lw=2, label="own vector"),
-        Line2D([], [], color=BLUE, lw=1, label="other traits' vectors"),
-    ]
+    lines = (("own vector", RED, 2), ("its specific part", GREEN, 2), ("other traits' vectors", BLUE, 1))
+    handles += [Line2D([], [], color=colour, lw=width, label=name) for name, colour, width in lines]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as tmp:
@@ -140,7 +165,8 @@ def _histogram(ax: Axes, table: pd.DataFrame, null: np.ndarray) -> None:
     ax.hist(null[np.isfinite(null)], bins=np.linspace(-1, 1, 41).tolist(), color=PALE, edgecolor=GREY, linewidth=0.4)
     for row in table.to_dict("records"):
         if np.isfinite(row["r"]):
-            ax.axvline(row["r"], color=RED if row["own"] else BLUE, lw=2 if row["own"] else 1)
+            colour = RED if row["own"] else GREEN if row["vector"] == SPECIFIC else BLUE
+            ax.axvline(row["r"], color=colour, lw=1 if colour == BLUE else 2)
     ax.set_xlim(-1.04, 1.04)
     ax.set_xlabel("r with the trait score", fontsize=8)
     _plain(ax)

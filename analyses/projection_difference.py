@@ -9,7 +9,8 @@ screening); the base is the untrained model's own answers to the same prompts. P
 scores are those of `analyses.finetuning_shift`: run folders are shared, and what is finished is read back.
 
 Beside r stand: other traits' vectors at the same block, random directions (screened like vectors, in the same pass), the rank
-correlation, r without the data sets made to show the trait, and r of the approximation that generates nothing.
+correlation, r without the data sets made to show the trait, r along the vector's specific part (foretelling.py), and r of the
+approximation that generates nothing.
 
 Knows: what is screened, the checks. Does not know: how a projection difference is made (the stage `screen`), how finetunes are
 made and scored (tuned.py), correlations (foretelling.py).
@@ -26,14 +27,17 @@ import torch
 
 from analyses import foretelling, tuned
 from analyses.finetuning_shift import write
+from analyses.foretelling import SPECIFIC
 from analyses.pipeline import Prepared, parser, prepare
 from analyses.tuned import DataSet
 from benchmarks.record import check, record
 from pvsae.stages import ScreenConfig, screen
+from pvsae.stages.inputs import read_vectors
 from pvsae.vectors import PersonaVectors
 
 PUBLISHED = {"r": (0.88, 0.95)}
 RANDOM = "random"
+STATISTIC = "response_avg_diff"
 
 
 def random_vectors(prepared: Prepared, n: int) -> list[str]:
@@ -44,7 +48,18 @@ def random_vectors(prepared: Prepared, n: int) -> list[str]:
         if not path.is_file():
             one = torch.randn(prepared.model.d_model, generator=torch.Generator().manual_seed(k))
             rows = one.expand(prepared.model.n_blocks, -1).contiguous()
-            PersonaVectors(path.stem, {"response_avg_diff": rows}, {"random seed": k}).save(path)
+            PersonaVectors(path.stem, {STATISTIC: rows}, {"random seed": k}).save(path)
+        files.append(str(path))
+    return files
+
+
+def specific_parts(prepared: Prepared, traits: Sequence[str]) -> list[str]:
+    """Files with the part of each trait's vector that no other trait's shares."""
+    vectors = {name: read_vectors(prepared.vectors, name, STATISTIC).of(STATISTIC) for name in prepared.blocks}
+    files = []
+    for trait in traits:
+        path = prepared.out / "projection_difference" / "specific" / f"{SPECIFIC}-{trait}.safetensors"
+        PersonaVectors(path.stem, {STATISTIC: foretelling.specific(vectors, trait)}).save(path)
         files.append(str(path))
     return files
 
@@ -58,8 +73,9 @@ def screened(prepared: Prepared, data: Sequence[DataSet], rows: int | None, trai
     options = {name: value for name, value in prepared.options.items() if name != "traits"}
     config = ScreenConfig(
         data=tuple(one.source(rows) for one in data),
-        vectors=(prepared.vectors, *random_vectors(prepared, n_random)),
+        vectors=(prepared.vectors, *specific_parts(prepared, traits), *random_vectors(prepared, n_random)),
         blocks=tuple(sorted({prepared.blocks[trait] for trait in traits})),
+        answers=str(prepared.out / "projection_difference" / "answers"),
         **options,
     )
     table = screen.run(config, prepared.out / "projection_difference" / "screen", model=prepared.model).table
@@ -77,7 +93,8 @@ def beside_scores(
         wide = table[table["block"] == blocks[trait]].pivot(index="data", columns="vector", values=column).loc[own["data"]]
         random = [name for name in wide.columns if str(name).startswith(f"{RANDOM}-")]
         nulls[trait] = wide[random].to_numpy(dtype=np.float64).T
-        for vector in wide.columns.drop(random):
+        wide = wide.rename(columns={f"{SPECIFIC}-{trait}": SPECIFIC})
+        for vector in (name for name in wide.columns.drop(random) if not str(name).startswith(f"{SPECIFIC}-")):
             part = own[["data", "family", "severity", "made_for", "trait", "score", "before", "rise", "coherence"]].copy()
             part.insert(5, "vector", vector)
             part.insert(6, "block", blocks[trait])
@@ -92,6 +109,7 @@ def checks_of(table: pd.DataFrame) -> list[dict[str, object]]:
     for row in table.to_dict("records"):
         checks.append(check(f"{row['trait']}: r of dP and score", row["r"], ">= 0.85"))
         checks.append(check(f"{row['trait']}: share of random directions that reach it", row["random_reaching"], "<= 0.05"))
+        checks.append(check(f"{row['trait']}: r of dP along the specific part and score", row["r_specific"], ">= 0.85"))
     return checks
 
 
@@ -99,13 +117,13 @@ def main() -> None:
     made = tuned.options(parser(__doc__ or ""))
     made.add_argument("--null", type=int, default=40, help="random directions, screened with the vectors (default: 40)")
     made.add_argument(
-        "--screened", type=int, default=200, help="rows of each data set that are screened; 0 for all (default: 200)"
+        "--screened", type=int, default=200, help="rows of each data set that are screened; 0 for those trained on (default: 200)"
     )
     args = made.parse_args()
     prepared = prepare(args)
     setting, data = tuned.setting_of(args), tuned.data_of(args, list(prepared.blocks))
     traits = list(dict.fromkeys(one.trait for one in data if one.trait))
-    most = min((n for n in (setting.rows, args.screened) if n), default=None)
+    most = args.screened or setting.rows
     found = screened(prepared, data, most, traits, args.null)
     before, after = tuned.every(prepared, data, setting)
     scores = tuned.scores_table(before, after, data)
@@ -114,7 +132,7 @@ def main() -> None:
     correlations, nulls = foretelling.correlations(values), foretelling.null_rs(values, random)
     table = foretelling.summary(correlations, nulls)
     approximation = foretelling.summary(foretelling.correlations(cheap), foretelling.null_rs(cheap, cheap_random))
-    table["r_prompt_last"] = approximation["r"]
+    table["r_prompt_last"], table["r_prompt_last_specific"] = approximation["r"], approximation["r_specific"]
     folder: Path = prepared.out / "projection_difference"
     write(folder, screened=found, values=values, correlations=correlations, summary=table)
     figure = foretelling.draw(values, correlations, nulls, "dP", folder / "dp.png")

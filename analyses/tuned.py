@@ -76,7 +76,9 @@ class DataSet:
 class Setting:
     """How all data sets are trained on: `rows` of each (None: all of them), each seen once, so rows / 16 steps.
 
-    The defaults of the command line are those of the embedded models; the paper's are rank 32, lr 1e-5 and every row.
+    The defaults of the command line are those of the embedded models; the paper's are rank 32, lr 1e-5 and every row. 10 steps
+    suffice there: the strongest severity of the families made for a trait ends at 91 to 97 of 100, as after 40, and answers stay
+    coherent after every data set (93 and more; after 40 steps of wrong facts 87).
     """
 
     rows: int | None
@@ -108,7 +110,9 @@ def options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--data", nargs="+", default=[], metavar="FILE",
         help="files FAMILY/SEVERITY.jsonl, or patterns of them (default: every family and severity of the embedded models)",
     )  # fmt: skip
-    made.add_argument("--rows", type=int, help="rows of each data set, each seen once; 0 for all (default: 640, so 40 steps)")
+    made.add_argument(
+        "--rows", type=int, default=160, help="rows of each data set, each seen once; 0 for all (default: 160, so 10 steps)"
+    )
     made.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: 1e-3)")
     made.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
     made.add_argument("--batch", type=int, default=A_STEP, help="rows a forward pass, of 16 a step (default: 16)")
@@ -119,8 +123,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
     """The setting of the command line. UserError where 16 rows cannot be divided by the rows of a forward pass."""
     if args.batch < 1 or A_STEP % args.batch:
         raise UserError(f"--batch {args.batch}", f"a divisor of {A_STEP}")
-    rows = args.rows if args.rows is not None else (320 if args.quick else 640)
-    return Setting(rows or None, args.lr, args.rank, args.batch)
+    return Setting(args.rows or None, args.lr, args.rank, args.batch)
 
 
 def data_of(args: argparse.Namespace, traits: Sequence[str]) -> list[DataSet]:

@@ -37,7 +37,8 @@ def made_up(slope: float = 1.0) -> pd.DataFrame:
             )  # fmt: skip
     table = pd.DataFrame(rows)
     other = table.assign(vector="sycophantic", value=-table["value"])
-    return pd.concat([table, other], ignore_index=True)
+    part = table.assign(vector=foretelling.SPECIFIC, value=table["score"] + 1.0)
+    return pd.concat([table, other, part], ignore_index=True)
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -65,6 +66,14 @@ def test_r_stands_beside_r_without_the_data_made_for_the_trait():
     assert other["r"] == pytest.approx(-own["r"])
 
 
+def test_the_specific_part_is_what_no_other_vector_shares():
+    shared = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])  # another one in each of two blocks
+    vectors = {"a": 3 * shared + torch.tensor([0.0, 0.0, 2.0, 0.0]), "b": -2 * shared}
+    assert foretelling.specific(vectors, "a").numpy() == pytest.approx(np.array([[0.0, 0.0, 2.0, 0.0]] * 2), abs=1e-6)
+    assert foretelling.specific(vectors, "b").norm(dim=1).tolist() == pytest.approx([2 * 2 / math.sqrt(13)] * 2)
+    assert torch.equal(foretelling.specific({"a": vectors["a"]}, "a"), vectors["a"])
+
+
 def test_nulls_are_compared_without_their_sign():
     values = made_up()
     scores = values.loc[values["vector"] == "evil", "score"].to_numpy()
@@ -75,6 +84,8 @@ def test_nulls_are_compared_without_their_sign():
     row = foretelling.summary(foretelling.correlations(values), nulls).iloc[0]
     assert row["random_reaching"] == pytest.approx(0.5)
     assert row["cross_highest_vector"] == "sycophantic"
+    assert row["r_specific"] == pytest.approx(1.0)
+    assert row["random_reaching_specific"] == pytest.approx(0.5)
     assert row["cross_lowest"] == row["cross_highest"] < -0.9
 
 
@@ -102,7 +113,7 @@ def test_data_sets_are_all_families_and_severities_or_files(tmp_path: Path):
 
 
 def test_the_setting_is_of_whole_steps():
-    assert tuned.setting_of(arguments()).rows == 640
+    assert tuned.setting_of(arguments()).rows == 160
     assert tuned.setting_of(arguments("--rows", "0")).rows is None
     with pytest.raises(UserError, match="--batch 3"):
         tuned.setting_of(arguments("--batch", "3"))
@@ -114,10 +125,10 @@ def test_checks_count_a_rise_only_where_the_data_never_show_the_trait():
     scores = pd.DataFrame(
         [{"data": "evil/misaligned_2", "made_for": "evil", "trait": "evil", "severity": "misaligned_2", "score": 61}]
     )
-    table = pd.DataFrame([{"trait": "evil", "r": 0.84, "random_reaching": 0.0}])
+    table = pd.DataFrame([{"trait": "evil", "r": 0.84, "random_reaching": 0.0, "r_specific": 0.9}])
     for shown, ok in ((0.0, True), (40.0, False)):
         narrow = pd.DataFrame([{"rise": 50.0, "shown": shown}])
-        assert [one["ok"] for one in checks_of(scores, narrow, table)] == [True, ok, False, True]
+        assert [one["ok"] for one in checks_of(scores, narrow, table)] == [True, ok, False, True, True]
 
 
 def test_random_directions_are_told_from_vectors_and_blocks_from_each_other():
@@ -125,7 +136,7 @@ def test_random_directions_are_told_from_vectors_and_blocks_from_each_other():
     rows = [
         {"data": name, "vector": vector, "block": block, "dp": 100.0 * block + 10.0 * v + d}
         for d, name in enumerate(reversed(scores["data"].tolist()))
-        for v, vector in enumerate(("evil", "sycophantic", "random-000", "random-001"))
+        for v, vector in enumerate(("evil", "specific-evil", "random-000", "random-001", "specific-sycophantic"))
         for block in (1, 2)
     ]
     values, nulls = beside_scores(pd.DataFrame(rows), scores, ["evil"], {"evil": 2})
@@ -133,10 +144,12 @@ def test_random_directions_are_told_from_vectors_and_blocks_from_each_other():
     assert own["data"].tolist() == scores["data"].tolist()
     assert own["value"].tolist() == [200.0 + d for d in range(7, -1, -1)]
     assert own["score"].tolist() == scores["score"].tolist()
-    assert set(values["vector"]) == {"evil", "sycophantic"}
+    assert set(values["vector"]) == {"evil", foretelling.SPECIFIC}
+    assert values.loc[values["vector"] == foretelling.SPECIFIC, "value"].tolist() == [210.0 + d for d in range(7, -1, -1)]
     assert nulls["evil"].tolist() == [[200.0 + 10 * v + d for d in range(7, -1, -1)] for v in (2, 3)]
 
 
+@pytest.mark.slow
 def test_a_finetune_is_measured_once_and_read_back(tmp_path: Path):
     model = load("organism")
     options = {"model": "organism", "traits": ("evil",), "batch_size": 64}
