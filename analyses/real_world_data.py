@@ -85,12 +85,15 @@ def made_of(file: Path, trait: str) -> dict[str, float]:
     }
 
 
+def digest_of(file: Path) -> str:
+    """Names what a file holds."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
 def trained(prepared: Prepared, file: Path, setting: Setting, steps: int) -> pd.DataFrame:
-    """Every trait's score of the model finetuned on a file, each row seen as often as `steps` take. The same rows are trained on
-    once."""
+    """Every trait's score of the model finetuned on a file, each row seen as often as `steps` take."""
     n = sum(1 for line in file.read_bytes().splitlines() if line.strip())
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-    data = DataSet(str(file), f"steps-{steps}", digest, None)
+    data = DataSet(str(file), f"steps-{steps}", digest_of(file), None)
     result = tuned.finetune(prepared, data, setting, epochs=steps * A_STEP / n, max_steps=steps)
     return tuned.measure(prepared, result.path.parent / "measure", result.adapter).scores
 
@@ -99,11 +102,13 @@ def results(prepared: Prepared, chosen: pd.DataFrame, setting: Setting, steps: i
     """A row a selection: what it is made of, and the score of its trait after training on it with its interval; of the other
     traits the highest."""
     before = tuned.measure(prepared, prepared.out / "base", model=prepared.model).scores.set_index("trait")
+    files: dict[str, Path] = {}  # the same rows, such as random ones for several traits, are trained on once
     out = []
     for row in tqdm(chosen.to_dict("records"), desc="finetunes", unit="run"):
         if not row["n"]:
             continue
-        scores = trained(prepared, Path(row["file"]), setting, steps).set_index("trait")
+        file = Path(row["file"])
+        scores = trained(prepared, files.setdefault(digest_of(file), file), setting, steps).set_index("trait")
         own, others = scores.loc[row["trait"]], scores.drop(index=row["trait"])
         highest = others["trait_score"].max() if len(others) else float("nan")
         out.append(
@@ -111,7 +116,7 @@ def results(prepared: Prepared, chosen: pd.DataFrame, setting: Setting, steps: i
                 "trait": row["trait"], "filtered": row["filtered"], "kind": row["kind"], "n": row["n"], "dp": row["dp"],
                 "score": own["trait_score"], "low": own["trait_low"], "high": own["trait_high"],
                 "before": before.loc[row["trait"], "trait_score"], "coherence": own["coherence"], "other_highest": highest,
-                "n_failed": own["n_failed_trait"], **made_of(Path(row["file"]), row["trait"]),
+                "n_failed": own["n_failed_trait"], **made_of(file, row["trait"]),
             }
         )  # fmt: skip
     return pd.DataFrame(out)

@@ -13,7 +13,10 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from analyses import corpora, real_world_data, sample_screening
+from analyses.pipeline import Prepared
 from analyses.sample_screening import Mix, auroc, coverage, precision, roc
+from analyses.tuned import Setting
+from pvsae import load
 from pvsae.errors import UserError
 from pvsae.sources import Source
 from pvsae.stages.differences import Columns
@@ -144,6 +147,25 @@ def test_a_selection_says_what_it_is_made_of(tmp_path: Path):
     assert set(real_world_data.made_of(file, "evil").values()) == {0.25}
     file.write_text('{"messages": []}\n')
     assert real_world_data.made_of(file, "evil") == {}
+
+
+def test_the_same_rows_are_trained_on_once(tmp_path: Path):
+    file, copy = tmp_path / "random.jsonl", tmp_path / "copy.jsonl"
+    corpora.write(corpora.composed({"organism-data:evil/misaligned_2": 1.0}, 16), file)
+    copy.write_bytes(file.read_bytes())
+    chosen = pd.DataFrame(
+        [
+            {"trait": "evil", "filtered": filtered, "kind": "random", "n": 16, "dp": 1.0, "file": str(path)}
+            for filtered, path in ((False, file), (True, copy))
+        ]
+    )
+    options = {"model": "organism", "traits": ("evil",), "batch_size": 64}
+    prepared = Prepared(load("organism"), options, "", "", {"evil": 3}, tmp_path, quick=True)
+    table = real_world_data.results(prepared, chosen, Setting(None, 1e-3, 4, 16), steps=2)
+    same = table.drop(columns="filtered")
+    assert same.iloc[0].equals(same.iloc[1])
+    assert table["share of this trait"].tolist() == [1.0, 1.0]
+    assert len(list(tmp_path.rglob("adapter_config.json"))) == 1
 
 
 def selections(random: float, filtered: bool = False) -> pd.DataFrame:
