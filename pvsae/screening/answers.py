@@ -4,7 +4,7 @@ Knows: Parquet files with a checksum beside each, and which prompts they hold an
 Does not know: models. What the answers depend on besides the prompt (weights, sampling) is one hash, and names their folder.
 
 Several processes may write at once, each files of its own name (with its id and a random number in it). A file that is damaged is
-left out, and what it held is asked for again. What is kept in memory of an answer is its place, and what is read there counts only
+left out, and what it held is asked for again. What is kept in memory of an answer is its place; what is read there counts only
 where it stands under its own prompt.
 """
 
