@@ -176,7 +176,10 @@ def _traits_author(args: argparse.Namespace) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- parser
-def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True, model: bool = True) -> None:
+def _add_setup(
+    parser: argparse.ArgumentParser, *, vectors: bool, needed: bool = True, model: bool = True, out: str | None = None
+) -> None:
+    out = out or f"runs/{parser.prog.split()[-1]}"
     group = parser.add_argument_group("what to work on")
     if vectors:
         how: dict[str, Any] = {} if needed else {"nargs": "?"}
@@ -188,7 +191,7 @@ def _add_setup(parser: argparse.ArgumentParser, *, vectors: bool, needed: bool =
         "--traits", nargs="+", metavar="TRAIT", help="names, LIBRARY/NAME or JSON files (default: the whole library)"
     )
     group.add_argument("--library", help="folder of traits (default: the model's own, else the built-in one)")
-    group.add_argument("--out", help=f"run folder (default: runs/{parser.prog.split()[-1]}); an unfinished run there goes on")
+    group.add_argument("--out", help=f"run folder (default: {out}); an unfinished run there goes on")
     group = parser.add_argument_group("who scores")
     group.add_argument("--judge", help="openai:MODEL, local:MODEL or a judge's name (default: the model's own)")
     group.add_argument("--judge-url", metavar="URL", help="base URL of an OpenAI-compatible server for an openai: judge")

@@ -41,10 +41,11 @@ def add_parser(
         "where one lies above it; 0 where none does; 2 for wrong input. Rows that cannot be scored fail too.\n\n"
         "How to choose the limit: measure normal data with --calibrate; the limit is a quantile of its rows. Of any normal data\n"
         "a share 1 - quantile lies above it; --allow lets as many rows of the checked data pass, and --write-baseline accepts\n"
-        "the rows that somebody has looked at. Otherwise one row above the limit fails."
+        "the rows that somebody has looked at. Otherwise one row above the limit fails.\n\n"
+        "Without --out, every content of the data, every set of vectors and of options has a run folder of its own."
     )
     parser.add_argument("data", nargs="*", metavar="DATA", help="as for `pvsae screen`")
-    add_setup(parser, vectors=False)
+    add_setup(parser, vectors=False, out="runs/gate-NAME-HASH")
     add_vectors(parser)
     add_base(parser)
     group = parser.add_argument_group("what must hold (exactly one of the first three)")
@@ -74,7 +75,7 @@ def _run(args: argparse.Namespace, started: Callable[[Path], None]) -> int:
     if getattr(args, "dry_run", False):
         print(screen.plan(gate.screening(config)))
         return 0
-    out = Path(getattr(args, "out", None) or "runs/gate")
+    out = Path(getattr(args, "out", None) or Path("runs") / gate.folder_name(config))
     started(out)
     result = gate.run(config, out)
     from pvsae.reports import write_report

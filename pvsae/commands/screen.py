@@ -12,10 +12,10 @@ from typing import Any
 SHOWN = ("data", "vector", "block", "dp", "low", "high", "n", "n_missing", "dp_prompt_last")
 EXAMPLES = (
     "  pvsae screen train.jsonl --vectors runs/vectors --traits evil\n"
-    "  pvsae screen mine=a.jsonl theirs=b.parquet --vectors runs/vectors --blocks 2 3 --select 500\n"
-    "  pvsae screen train.jsonl --vectors runs/vectors --base none      no generation: the last prompt token instead\n"
-    "  pvsae screen train.jsonl --vectors runs/vectors --base subset --subset 500\n"
-    "  pvsae screen 'big/*.parquet' --vectors runs/vectors --base none --engine ray --workers 8\n"
+    "  pvsae screen mine=a.jsonl theirs=b.parquet --vectors runs/vectors --blocks 2 3 --select 500 --out runs/two\n"
+    "  pvsae screen train.jsonl --vectors runs/vectors --base none --out runs/quick      nothing is generated\n"
+    "  pvsae screen train.jsonl --vectors runs/vectors --base subset --subset 500 --out runs/subset\n"
+    "  pvsae screen 'big/*.parquet' --vectors runs/vectors --base none --engine ray --workers 8 --out runs/big\n"
     "  pvsae screen lmsys/lmsys-chat-1m --max-rows 20000 --model Qwen/Qwen2.5-7B-Instruct --select 500 \\\n"
     "      --vectors evil_response_avg_diff.pt --layer 20 --official-names --filter-scores judged.csv --filter-above 1"
 )

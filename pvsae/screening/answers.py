@@ -3,8 +3,9 @@
 Knows: Parquet files with a checksum beside each, and which prompts they hold answers to.
 Does not know: models. What the answers depend on besides the prompt (weights, sampling) is one hash, and names their folder.
 
-Several processes may write at once, each files of its own name. A file that is damaged is left out, and what it held is asked for
-again; what is kept in memory of an answer is its place.
+Several processes may write at once, each files of its own name (with its id and a random number in it). A file that is damaged is
+left out, and what it held is asked for again. What is kept in memory of an answer is its place; what is read there counts only
+where it stands under its own prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,16 +61,16 @@ class Answers:
         for file, rows in by_file.items():
             table = self._read(self._files[file])
             if table is None:
+                self._forget(file)
                 continue
             for row, key in rows.items():
+                if row >= len(table) or table["key"].iat[row] != key:  # the file is another one than it was
+                    continue
                 found[key] = Answer(tuple(int(i) for i in table["ids"].iat[row]), str(table["finish"].iat[row]))
         return found
 
     def add(self, name: str, answers: Mapping[str, Answer]) -> None:
         """Keeps answers in a file whose name begins with `name`."""
-        number = 0
-        while (self.folder / f"{name}-{number:03d}.parquet").exists():
-            number += 1
         table = pd.DataFrame(
             {
                 "key": list(answers),
@@ -75,8 +78,9 @@ class Answers:
                 "finish": [a.finish for a in answers.values()],
             }
         )
-        save_table(self.folder / f"{name}-{number:03d}.parquet", table, {})
-        self._index(f"{name}-{number:03d}.parquet", answers)
+        file = f"{name}-{len(self._files):03d}-{os.getpid()}-{secrets.token_hex(4)}.parquet"
+        save_table(self.folder / file, table, {})
+        self._index(file, answers)
 
     def _look(self) -> None:
         known = set(self._files)
@@ -91,6 +95,10 @@ class Answers:
         self._files.append(name)
         for row, key in enumerate(keys):
             self._places[bytes.fromhex(key)] = (len(self._files) - 1, row)
+
+    def _forget(self, file: int) -> None:
+        """No answer is looked for in a file that is gone."""
+        self._places = {key: place for key, place in self._places.items() if place[0] != file}
 
     def _read(self, name: str) -> pd.DataFrame | None:
         """A file's table; None where it is damaged, and then it is gone."""

@@ -11,6 +11,8 @@ baseline has it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -22,12 +24,14 @@ import pandas as pd
 
 from pvsae.errors import UserError
 from pvsae.parts import rows_at
-from pvsae.runs import RunDir, read_json, write_json
+from pvsae.runs import RunDir, jsonable, read_json, write_json
 from pvsae.screening.rows import OK
+from pvsae.screening.worker import slug
 from pvsae.sources import Bad, Reader, content_key
 from pvsae.stages import screen, selections
 from pvsae.stages.inputs import open_model, open_run
 from pvsae.stages.screen import ScreenConfig, ScreenResult, read_columns, read_rows
+from pvsae.stages.screen_inputs import name_sources, open_vector_files
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -182,6 +186,26 @@ def screening(config: GateConfig) -> ScreenConfig:
     """The screening behind a gate: of the data that is checked, and behind it of normal data."""
     own = {f.name: getattr(config, f.name) for f in fields(ScreenConfig)}
     return ScreenConfig(**{**own, "data": (*config.data, *config.calibrate)})
+
+
+def folder_name(config: GateConfig) -> str:
+    """A name for the run folder that says what is checked, and that other data, vectors or options do not have; so data that
+    changed is a new run, and a run that was killed goes on.
+
+    Raises:
+        UserError: bad options, data or vectors that are missing.
+    """
+    _check_options(config)
+    asked = screening(config)
+    found: dict[str, Any] = {"options": config.identity()}
+    for name, source in name_sources(asked.data, asked.max_rows, asked.field):
+        found[f"rows of {name}"] = Reader(source).content
+    for name, _, vectors in open_vector_files(config.vectors, config.traits, config.statistic):
+        own = config.statistic if config.statistic in vectors.statistics else vectors.statistics[0]
+        found[f"vectors {name}"] = hashlib.sha256(vectors.of(own).float().cpu().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(jsonable(found), sort_keys=True).encode()).hexdigest()[:8]
+    names = [name for name, _ in name_sources(config.data, config.max_rows, config.field)] if config.data else ["calibrate"]
+    return f"gate-{slug('-'.join(names))}-{digest}"
 
 
 def _about(config: GateConfig, result: ScreenResult, model: ChatModel) -> dict[str, Any]:

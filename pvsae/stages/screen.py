@@ -9,6 +9,7 @@ never in memory: a shard at a time is read, and of all rows only numbers are kep
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 BASES = ("all", "subset", "none")
 ENGINES = ("here", "ray")
 _HOW = frozenset({"batch_tokens", "answers", "engine", "workers", "ray_address"})  # how fast and where, not what comes out
+_AFTER = frozenset({"select", "filter_scores", "filter_judge", "filter_above"})  # made anew of the finished rows at every start
 _BINS, _EXAMPLES = 60, 3
 _SHOWN_BAD = 1000  # unusable rows listed in a table; all of them are counted, and stand in the rows' files
 
@@ -97,9 +99,9 @@ class ScreenConfig(Setup):
     ray_address: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """The options that the numbers depend on."""
+        """The options that the rows' numbers depend on."""
         found = super().identity()
-        return {name: value for name, value in found.items() if name not in _HOW}
+        return {name: value for name, value in found.items() if name not in _HOW | _AFTER}
 
 
 @dataclass(frozen=True)
@@ -371,6 +373,8 @@ def _report(
     paid: list[dict[str, Any]],
 ) -> ScreenResult:
     official = Path(config.model).name if config.official_names else None
+    shutil.rmtree(folder.path / "selections", ignore_errors=True)  # an earlier start may have selected otherwise
+    (folder.path / "tables" / "selections.csv").unlink(missing_ok=True)
     names = ("data_sets", "approximations", "subsets", "histogram", "selections")
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     examples = []

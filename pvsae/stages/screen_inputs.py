@@ -7,6 +7,7 @@ Does not know: what is done with them.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -33,42 +34,64 @@ NAMED_ROWS = 10_000  # of a corpus of a package, which may have no end
 def open_vector_files(paths: Sequence[str], traits: Sequence[str], statistic: str) -> list[tuple[str, str, PersonaVectors]]:
     """(name, stem of the released code's file, vectors) of everything that `paths` lead to and `traits` name (none: all).
 
-    Names are traits; where two vectors have one trait, what they lie in stands before it.
+    Names are traits; where two vectors have one trait, the stem stands for it, or else what they lie in stands before it. Stems
+    that are equal begin with what the vectors lie in as well, so that names and stems are each of one vector.
 
     Raises:
         UserError: nothing there, a trait that none of the paths has, a vector given twice.
     """
-    found: list[tuple[str, str, PersonaVectors]] = []
-    for given in paths:
+    found: list[tuple[str, str, str, PersonaVectors]] = []  # what it lies in, trait, stem, vectors
+    for given, home in zip(paths, _homes(paths), strict=True):
         path = Path(given)
         if path.is_dir():
             there = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
             wanted = [t for t in traits if t in there] if traits else there
             if not there:
                 read_vectors(path, traits[0] if traits else "any trait", statistic)  # says what is wrong with it
-            found += [(t, f"{t}_{statistic}", read_vectors(path, t, statistic)) for t in wanted]
+            found += [(home, t, f"{t}_{statistic}", read_vectors(path, t, statistic)) for t in wanted]
         else:
             vectors = _of_file(path)
             if not traits or vectors.trait in traits:
                 own = statistic if statistic in vectors.statistics or len(vectors.statistics) > 1 else vectors.statistics[0]
                 vectors.of(own)
-                found.append((vectors.trait, path.stem if path.suffix == ".pt" else f"{vectors.trait}_{own}", vectors))
-    missing = sorted(set(traits) - {name for name, _, _ in found})
+                stem = path.stem if path.suffix == ".pt" else f"{vectors.trait}_{own}"
+                found.append((home, vectors.trait, stem, vectors))
+    missing = sorted(set(traits) - {trait for _, trait, _, _ in found})
     if missing or not found:
         raise UserError(
             f"no vectors of {', '.join(missing) or 'any trait'} in {', '.join(paths) or 'nothing'}",
             "run folders of `pvsae extract`, .safetensors files or official .pt files that hold them",
             "pvsae extract --traits " + " ".join(missing or ["..."]) + " --out runs/vectors",
         )
-    names = [name for name, _, _ in found]
-    homes = [Path(p).stem for p in paths]
-    if len(set(names)) < len(names):
-        stems = [stem for _, stem, _ in found]
-        unique = stems if len(set(stems)) == len(stems) else [f"{homes[i % len(homes)]}-{n}" for i, n in enumerate(names)]
-        if len(set(unique)) < len(unique):
-            raise UserError(f"vectors of {names[0]!r} are given twice", "each vector once, from folders or files of other names")
-        found = [(new, stem, vectors) for new, (_, stem, vectors) in zip(unique, found, strict=True)]
-    return found
+    traits_found = Counter(trait for _, trait, _, _ in found)
+    stems_found = Counter(stem for _, _, stem, _ in found)
+    out = []
+    for home, trait, stem, vectors in found:
+        alone = stems_found[stem] == 1
+        name = trait if traits_found[trait] == 1 else stem if alone else f"{home}-{trait}"
+        out.append((name, stem if alone else f"{home}-{stem}", vectors))
+    for names in ([name for name, _, _ in out], [stem for _, stem, _ in out]):
+        twice = sorted(name for name, n in Counter(names).items() if n > 1)
+        if twice:
+            raise UserError(f"two vectors would be called {twice[0]!r}", "folders or files of other names, each vector once")
+    return out
+
+
+def _homes(paths: Sequence[str]) -> list[str]:
+    """A name of each path that no other has: its own, else that of a folder above, else as many of them as tell all apart."""
+    parts = [
+        (p.parent / (p.name if p.is_dir() else p.stem)).parts for p in (Path(given).expanduser().absolute() for given in paths)
+    ]
+    twice = sorted(given for given, n in Counter(str(Path(p).absolute()) for p in paths).items() if n > 1)
+    if twice:
+        raise UserError(f"{twice[0]} is given twice", "each folder or file of vectors once")
+    depth = max((len(one) for one in parts), default=1)
+    single = ([one[-k] if k <= len(one) else "" for one in parts] for k in range(1, depth + 1))
+    joined = (["-".join(one[-k:]) for one in parts] for k in range(2, depth + 1))
+    for names in (*single, *joined):
+        if len(set(names)) == len(names) and all(names):
+            return names
+    return [f"{i + 1}-{one[-1]}" for i, one in enumerate(parts)]  # a.pt beside a.safetensors: only the suffix differs
 
 
 def _of_file(path: Path) -> PersonaVectors:

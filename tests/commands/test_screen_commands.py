@@ -65,3 +65,29 @@ def test_gate_finds_its_limit_and_speaks_to_github_by_itself(words, tmp_path, ca
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     assert main(["gate", "data.jsonl", *options, "--limits", "limits.json", "--out", "gate"]) == 1
     assert capsys.readouterr().out.count("::error file=") == 3
+
+
+def test_the_gate_needs_no_folder_for_what_one_job_does_after_the_other(words, tmp_path, capsys) -> None:
+    options = [*words[1:], "--trait", "gloomy", "--blocks", "1"]
+    write_jsonl(tmp_path / "normal.jsonl", chats(5))
+    assert main(["gate", "--calibrate", "normal.jsonl", "--quantile", "0.99", *options, "--write-limits", "limits.json"]) == 0
+    check = ["gate", "data.jsonl", *options, "--limits", "limits.json", "--allow", "1"]
+    assert main(check) == 0
+    write_jsonl(tmp_path / "data.jsonl", chats(4))  # the next commit's data in the same workspace
+    assert main(check) == 0
+    assert main(check) == 0
+    names = sorted(p.name.rpartition("-")[0] for p in (tmp_path / "runs").iterdir())
+    assert names == ["gate-calibrate", "gate-data", "gate-data"]  # the same data once more is the same run
+    assert "all 4 rows were scored" in capsys.readouterr().out
+
+
+def test_a_finished_screening_may_be_selected_from(words, tmp_path) -> None:
+    screen = ["screen", *words, "--blocks", "1", "--out", "run"]
+    assert main([*screen, "--select", "3"]) == 0
+    found = tmp_path / "run" / "selections"
+    assert {len(p.read_text().splitlines()) for p in found.rglob("*.jsonl")} == {3}
+    assert main([*screen, "--select", "2"]) == 0
+    assert {len(p.read_text().splitlines()) for p in found.rglob("*.jsonl")} == {2}
+    assert main(screen) == 0
+    assert not found.exists()
+    assert not (tmp_path / "run" / "tables" / "selections.csv").exists()

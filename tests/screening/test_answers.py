@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 
 from pvsae.screening.answers import Answer, Answers
+from pvsae.screening.files import save_table
 
 A, B, C = ("0" * 31 + c for c in "abc")
 
@@ -47,3 +51,27 @@ def test_a_damaged_file_is_found_and_only_its_answers_are_gone(answers, tmp_path
     assert store.remade == 1
     store.add("set-0", {A: Answer((1, 2), "stop")})
     assert Answers(tmp_path, {"model": "m"}).find([A, C]) == {A: Answer((1, 2), "stop"), C: Answer((3,), "length")}
+
+
+def test_an_answer_of_a_damaged_file_is_not_looked_for_in_a_later_one(answers) -> None:
+    path = sorted(answers.folder.glob("*.parquet"))[0]
+    path.write_bytes(path.read_bytes()[:30])
+    assert answers.find([A]) == {}
+    answers.add("set-0", {"f" * 32: Answer((9,), "stop")})
+    assert answers.find([A, B, "f" * 32]) == {"f" * 32: Answer((9,), "stop")}
+
+
+def test_what_stands_in_a_place_counts_only_under_its_own_prompt(answers) -> None:
+    path = sorted(answers.folder.glob("*.parquet"))[0]
+    save_table(path, pd.DataFrame({"key": ["f" * 32], "ids": [[9]], "finish": ["stop"]}), {})
+    assert answers.find([A, B, C]) == {C: Answer((3,), "length")}
+
+
+def test_two_processes_that_write_at_the_same_moment_keep_both_files(tmp_path, monkeypatch) -> None:
+    one, two = Answers(tmp_path, {"model": "m"}), Answers(tmp_path, {"model": "m"})
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # neither sees the other's file when it chooses a name
+    one.add("set-0", {A: Answer((1,), "stop")})
+    two.add("set-0", {B: Answer((2,), "stop")})
+    monkeypatch.undo()
+    wanted = {A: Answer((1,), "stop"), B: Answer((2,), "stop")}
+    assert one.find([A, B]) == two.find([A, B]) == wanted
