@@ -385,6 +385,10 @@ class RunDir:
                 return False
         return True
 
+    def is_done(self, name: str) -> bool:
+        """Whether a step is finished and its files are there as it wrote them; for steps that share their work with others."""
+        return self._intact(name)
+
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Step]:
         """A step that is done once::

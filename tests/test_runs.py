@@ -83,6 +83,7 @@ def test_a_step_is_computed_once_and_survives_reopening(tmp_path: Path) -> None:
 def test_a_damaged_step_is_redone(tmp_path: Path, damage: str) -> None:
     with RunDir.open(tmp_path / "run", "extract", {}, 0) as run:
         run.do("a", lambda: "value", save_text, load_text)
+        assert run.is_done("a")
     file = tmp_path / "run" / "a" / "a.txt"
     match damage:
         case "delete":
@@ -94,6 +95,7 @@ def test_a_damaged_step_is_redone(tmp_path: Path, damage: str) -> None:
         case "manifest":
             (tmp_path / "run" / "manifest.json").write_text('{"steps": {"a"')
     with RunDir.open(tmp_path / "run", "extract", {}, 0) as run:
+        assert not run.is_done("a")
         assert run.do("a", lambda: "made again", save_text, load_text) == "made again"
 
 

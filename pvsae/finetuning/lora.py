@@ -93,7 +93,7 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
         target_modules=targets, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
     wanted = {name: parameter.requires_grad for name, parameter in hf.named_parameters()}
-    training = hf.training
+    training, cache = hf.training, getattr(hf.config, "use_cache", None)
     peft = None
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -110,6 +110,8 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
         for name, parameter in hf.named_parameters():
             parameter.requires_grad_(wanted[name])
         hf.train(training)
+        if cache is not None:
+            hf.config.use_cache = cache  # the Trainer turns it off: answers would be slow, and the model count as another one
 
 
 def size(hf: Any, settings: LoraSettings) -> int:

@@ -18,16 +18,29 @@ from typing import Any
 
 from pvsae.errors import UserError
 from pvsae.parts import Part
-from pvsae.screening.worker import DataSet, Job
+from pvsae.screening.worker import DataSet, Job, Worker
+
+REFUSAL = "refusal"
 
 
 class Actor:
-    """A worker with a model of its own, in a process of its own."""
+    """A worker with a model of its own, in a process of its own.
+
+    Ray wraps what a worker raises, and loses which error it was. So what is meant for the user goes the way of the results.
+    """
 
     def __init__(self, job: Job) -> None:
+        self.job = job
+        self.refusal: UserError | None = None  # why this worker cannot work: told at the first part that it is given
+        try:
+            self.worker = self._open(job)
+        except UserError as error:
+            self.refusal = error
+
+    @staticmethod
+    def _open(job: Job) -> Worker:
         from pvsae.models import load
         from pvsae.models.fingerprint import fingerprint
-        from pvsae.screening.worker import Worker
 
         model = load(**job.model)
         if fingerprint(model) != job.fingerprint:
@@ -35,15 +48,22 @@ class Actor:
                 f"{job.model['name']} on this machine is another model than where the run was started",
                 "the same weights, dtype and adapter on every machine",
             )
-        self.job, self.worker = job, Worker(job, model)
+        return Worker(job, model)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Makes the shards of a batch of {data, part}, numbers both; gives their notes as JSON beside them."""
-        notes = []
-        for i, k in zip(batch["data"], batch["part"], strict=True):
-            data = self.job.data[int(i)]
-            notes.append(json.dumps(self.worker.screen(data, data.parts[int(k)])))
+        """Makes the shards of a batch of {data, part}, numbers both; gives their notes as JSON beside them, and in place of a
+        note {"refusal": [what, expected, fix]} where there is something that the user has to put right."""
+        notes = [json.dumps(self._note(int(i), int(k))) for i, k in zip(batch["data"], batch["part"], strict=True)]
         return {"data": batch["data"], "part": batch["part"], "note": notes}
+
+    def _note(self, i: int, k: int) -> dict[str, Any]:
+        try:
+            if self.refusal is not None:
+                raise self.refusal
+            data = self.job.data[i]
+            return self.worker.screen(data, data.parts[k])
+        except UserError as error:
+            return {REFUSAL: [error.what, error.expected, error.fix]}
 
 
 def screen_on_ray(
@@ -56,7 +76,7 @@ def screen_on_ray(
         address: of a running cluster; None is what RAY_ADDRESS says, else a local cluster that ends with the call.
 
     Raises:
-        UserError: Ray is not installed, or the cluster cannot be reached.
+        UserError: Ray is not installed, the cluster cannot be reached, or what a worker had to say to the user.
     """
     if not todo:
         return
@@ -80,11 +100,10 @@ def screen_on_ray(
         )
         for row in made.iter_rows():
             data = job.data[int(row["data"])]
-            yield data, data.parts[int(row["part"])], json.loads(row["note"])
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):  # what a worker has to say to the user, without the workers' tracebacks
-            raise UserError(str(error.cause)) from None
-        raise
+            note = json.loads(row["note"])
+            if REFUSAL in note:
+                raise UserError(*note[REFUSAL])
+            yield data, data.parts[int(row["part"])], note
     finally:
         if started:
             ray.shutdown()

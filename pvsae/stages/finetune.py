@@ -154,32 +154,38 @@ class FinetuneResult:
 def run(
     config: FinetuneConfig, run_dir: RunDir | str | Path, *, model: ChatModel | None = None, progress: bool = True
 ) -> FinetuneResult:
-    """Train an adapter into a run folder. Killed at any point it goes on from its last checkpoint; finished, it is read back.
+    """Train an adapter into a run folder. Killed at any point it goes on from its last checkpoint; finished, it is read back, if
+    data, vectors, dictionaries and model are still those that it was trained with.
 
     Args:
         model: to use instead of loading the one that the config names; it is afterwards what it was.
         progress: whether to show bars.
 
     Raises:
-        UserError: bad options, unreadable data, no row to learn from, vectors or features that do not fit, and what
-            `finetuning.trainer.train` raises.
+        UserError: bad options, unreadable data, no row to learn from, vectors or features that do not fit, inputs that changed
+            since the run began, and what `finetuning.trainer.train` raises.
     """
     training = config.training  # its own checks, before anything is opened
     with open_run(run_dir, "finetune", config) as folder:
+        model = model or open_model(config)
         with folder.step("adapter") as step:
+            data = read_data(config, model, progress=progress)
+            found = treated(config, model, folder, [row.rendered for row in data.rows])
+            traits = open_traits(config, model) if config.treatment in OF_PROMPTS and config.prompt is None else []
+            # Also of a finished adapter: one that other rows or vectors would have made is not to be taken for theirs.
+            pin_inputs(folder, model, traits, found.vectors, {"data": data.sha256, **found.inputs})
             if not step.done:
-                _train(config, training, folder, step.folder, model or open_model(config), progress)
+                _train(config, training, folder, step.folder, model, data, found, progress)
         return _written(config, folder)
 
 
-def _train(config: FinetuneConfig, training: TrainSettings, folder: RunDir, out: Path, model: ChatModel, progress: bool) -> None:
-    """Reads rows, makes the treatment, trains, and writes the adapter with what is to be known of it."""
+def _train(
+    config: FinetuneConfig, training: TrainSettings, folder: RunDir, out: Path, model: ChatModel, data: Data, found: Treated,
+    progress: bool,
+) -> None:  # fmt: skip
+    """Trains, and writes the adapter with what is to be known of it."""
     from pvsae.finetuning import lora, trainer
 
-    data = read_data(config, model, progress=progress)
-    found = treated(config, model, folder, [row.rendered for row in data.rows])
-    traits = open_traits(config, model) if config.treatment in OF_PROMPTS and config.prompt is None else []
-    pin_inputs(folder, model, traits, found.vectors, {"data": data.sha256, **found.inputs})
     about = _about(config, model, data, found)
     lines = trainer.train(
         model, data.rows, found.treatment, training, config.lora, folder.parts("adapter"),

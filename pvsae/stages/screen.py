@@ -241,29 +241,43 @@ def _shards(config: ScreenConfig, folder: RunDir, job: Job, model: ChatModel) ->
         for name, value in more.items():
             spent[name] = spent.get(name, 0) + value
 
+    todo: list[tuple[DataSet, Part]] = []
+    left: dict[str, int] = {}  # data set -> shards that are still to be made; those that are joined already are not in it
+
+    def join(data: DataSet) -> None:
+        with folder.step(_step(data)) as step:
+            if not step.done:
+                _join([job.shard(data, part) for part in data.parts], step.folder / "rows.parquet", _names(config, job))
+
     with tqdm(total=sum(d.rows for d in job.data), desc="screening", unit="row") as bar:
         for data in job.data:
-            with folder.step(_step(data)) as step:
-                if step.done:
-                    bar.update(data.rows)
-                    continue
-                states = {part: job.state(data, part) for part in data.parts}
-                todo = [(data, part) for part, state in states.items() if state != "done"]
-                count(
-                    shards=len(states),
-                    shards_found=len(states) - len(todo),
-                    shards_damaged=sum(state == "damaged" for state in states.values()),
-                )
-                bar.update(sum(part.rows for part, state in states.items() if state == "done"))
-                for _, part, note in _engine(config, job, model, todo):
-                    bar.update(part.rows)
-                    count(
-                        generated=note["tokens"]["generated"],
-                        seconds_generating=note["seconds"]["generate"],
-                        seconds_reading=note["seconds"]["read"],
-                        answer_files_damaged=note["damaged answer files"],
-                    )
-                _join([job.shard(data, part) for part in data.parts], step.folder / "rows.parquet", _names(config, job))
+            if folder.is_done(_step(data)):
+                bar.update(data.rows)
+                continue
+            states = {part: job.state(data, part) for part in data.parts}
+            missing = [(data, part) for part, state in states.items() if state != "done"]
+            count(
+                shards=len(states),
+                shards_found=len(states) - len(missing),
+                shards_damaged=sum(state == "damaged" for state in states.values()),
+            )
+            bar.update(sum(part.rows for part, state in states.items() if state == "done"))
+            todo += missing
+            left[data.name] = len(missing)
+            if not missing:
+                join(data)
+        # One call for all data sets: an engine may have to start a cluster, and to load a model into each of its workers.
+        for data, part, note in _engine(config, job, model, todo) if todo else ():
+            bar.update(part.rows)
+            count(
+                generated=note["tokens"]["generated"],
+                seconds_generating=note["seconds"]["generate"],
+                seconds_reading=note["seconds"]["read"],
+                answer_files_damaged=note["damaged answer files"],
+            )
+            left[data.name] -= 1
+            if not left[data.name]:
+                join(data)
     return spent
 
 

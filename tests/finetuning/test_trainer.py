@@ -21,6 +21,7 @@ from pvsae.finetuning.rows import order
 from pvsae.finetuning.trainer import METRICS, TrainSettings, train
 from pvsae.finetuning.treatments import Schedule, ShiftPenalty, Treatment, ablations
 from pvsae.models import Add, Residual
+from pvsae.models.fingerprint import fingerprint
 from tests.finetuning.small import LORA, close, rows_of, same, settings, trained
 from tests.models.rows import direction
 
@@ -233,6 +234,7 @@ def state_of(model: Any) -> list[Any]:
         [id(m) for m in model.hf.modules()],
         model.hf.training,
         model.hf.is_gradient_checkpointing,
+        fingerprint(model),
         numbers,
     ]
 

@@ -141,13 +141,43 @@ def test_what_an_actor_does_is_what_one_process_does(config, tmp_path, monkeypat
     assert jobs[0].about(jobs[0].data[0], jobs[0].data[0].parts[1]) == job.about(data, data.parts[1])
 
 
-def test_an_actor_with_another_model_refuses_to_work(config, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def job(config, tmp_path, monkeypatch):
+    """The job of a run, of which nothing is done yet."""
     jobs = []
-    monkeypatch.setattr(screen, "_engine", lambda config, job, *_: jobs.append(job) or iter(()))
-    with pytest.raises(FileNotFoundError):
-        screen.run(config(), tmp_path / "run")
-    with pytest.raises(UserError, match="another model"):
-        ray_cluster.Actor(replace(jobs[0], fingerprint="0"))
+
+    def stopping(config, job, *_):
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(screen, "_engine", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            screen.run(config(), tmp_path / "run")
+    return jobs[0]
+
+
+def test_what_an_actor_has_to_say_to_the_user_is_in_place_of_a_note(job, tmp_path) -> None:
+    batch = {"data": [0, 0], "part": [0, 1]}
+    for note in ray_cluster.Actor(replace(job, fingerprint="0"))(batch)["note"]:  # found as it starts
+        what, expected, _ = json.loads(note)["refusal"]
+        assert "another model" in what
+        assert "the same weights" in expected
+    actor = ray_cluster.Actor(job)
+    (tmp_path / "data.jsonl").unlink()
+    assert ["cannot be read" in json.loads(note)["refusal"][0] for note in actor(batch)["note"]] == [True, True]
+
+
+@pytest.mark.slow
+def test_what_a_worker_has_to_say_to_the_user_arrives(cluster, job, tmp_path) -> None:
+    (data,) = job.data
+    todo = [(data, part) for part in data.parts]
+    with pytest.raises(UserError, match="another model") as refused:
+        list(ray_cluster.screen_on_ray(replace(job, fingerprint="0"), todo, workers=2))
+    assert refused.value.expected.startswith("the same weights")
+    gone = replace(data, parts=tuple(replace(part, file=str(tmp_path / "nowhere.jsonl")) for part in data.parts))
+    with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read"):
+        list(ray_cluster.screen_on_ray(replace(job, data=(gone,)), [(gone, part) for part in gone.parts], workers=2))
 
 
 def test_an_address_without_a_cluster_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,49 @@ def test_the_adapter_is_taken_by_load_and_says_how_it_came_about(finished, tiny_
     assert about["config"]["schedule"] == "decay"
 
 
-def test_a_finished_run_is_read_back_without_the_model(finished) -> None:
+def test_a_finished_run_is_read_back(finished, tiny_models) -> None:
     config, result = finished
     before = {f: f.stat().st_mtime_ns for f in result.adapter.iterdir()}
-    again = finetune.run(config, result.path, progress=False)  # there is no model called "tiny" to load
+    again = finetune.run(config, result.path, model=tiny_models("qwen2"), progress=False)
     pd.testing.assert_frame_equal(again.metrics, result.metrics)
     pd.testing.assert_frame_equal(again.table, result.table)
     assert {f: f.stat().st_mtime_ns for f in result.adapter.iterdir()} == before
+
+
+def test_a_finished_adapter_is_not_taken_for_one_of_other_inputs(config, tiny_folders, tmp_path) -> None:
+    """Rows, vectors, dictionary and weights, each exchanged under its name when all is done."""
+    model = load(tiny_folders("qwen2"), device="cpu")
+    rows, file = tmp_path / "chats.jsonl", tmp_path / "v" / "gloomy" / "vectors" / "vectors.safetensors"
+    values = torch.randn(4, model.d_model, generator=torch.Generator().manual_seed(3))
+    write_chats(rows, 6)
+    PersonaVectors("gloomy", {"response_avg_diff": values}).save(file)
+    sae = save_sae(model, tmp_path / "sae")
+    given = {"data": (str(rows),), "max_steps": 1}
+    steered = config(**given, treatment="steer", vectors=str(tmp_path / "v"), blocks=(1,))
+    ablated = config(**given, treatment="ablate", features=(f"{sae}:3",))
+
+    def start(what: FinetuneConfig) -> finetune.FinetuneResult:
+        return finetune.run(what, tmp_path / what.treatment, model=model, progress=False)
+
+    first = start(steered)
+    start(ablated)
+    write_chats(rows, 6, "Be brief.")
+    with pytest.raises(UserError, match="the data changed"):
+        start(steered)
+    write_chats(rows, 6)
+    PersonaVectors("gloomy", {"response_avg_diff": -values}).save(file)
+    with pytest.raises(UserError, match="the vectors of gloomy changed"):
+        start(steered)
+    PersonaVectors("gloomy", {"response_avg_diff": values}).save(file)
+    shutil.rmtree(sae)
+    save_sae(model, sae, seed=1)
+    with pytest.raises(UserError, match=r"the dictionary .* changed"):
+        start(ablated)
+    pd.testing.assert_frame_equal(start(steered).metrics, first.metrics)
+    with torch.no_grad():
+        model.hf.get_output_embeddings().weight.mul_(1.5)
+    with pytest.raises(UserError, match="the weights of the model"):
+        start(steered)
 
 
 def test_the_page_shows_the_loss(finished, tmp_path) -> None:

@@ -182,6 +182,34 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_numbers(config,
     pd.testing.assert_frame_equal(read_rows(result.rows["data"]), read_rows(wanted.rows["data"]))
 
 
+def test_one_engine_makes_the_shards_of_all_data_sets_and_each_is_joined_as_it_is_complete(
+    config, model, tmp_path, monkeypatch
+) -> None:
+    files = [str(write_jsonl(tmp_path / f"{name}.jsonl", chats(n))) for name, n in (("one", 9), ("two", 5), ("three", 6))]
+    calls, joined = [], []
+    real = screen._engine
+
+    def counting(config, job, model, todo):
+        calls.append([(data.name, part.number) for data, part in todo])
+        for n, made in enumerate(real(config, job, model, todo)):
+            joined.append([name for name in ("one", "two", "three") if (tmp_path / "run" / "rows" / name).is_dir()])
+            if len(calls) == 1 and n == 4:
+                raise KeyboardInterrupt
+            yield made
+
+    monkeypatch.setattr(screen, "_engine", counting)
+    with pytest.raises(KeyboardInterrupt):
+        screen.run(config(files), tmp_path / "run", model=model)
+    assert calls == [[("one", 0), ("one", 1), ("one", 2), ("two", 0), ("two", 1), ("three", 0), ("three", 1)]]
+    assert joined == [[], [], [], ["one"], ["one"]]
+    result = screen.run(config(files), tmp_path / "run", model=model)
+    assert calls[1:] == [[("three", 0), ("three", 1)]]  # the two shards of "two" are there, and not joined yet
+    assert joined[5:] == [["one", "two"]] * 2
+    assert {name: len(read_rows(file)) for name, file in result.rows.items()} == {"one": 9, "two": 5, "three": 6}
+    screen.run(config(files), tmp_path / "run", model=model)
+    assert len(calls) == 2
+
+
 def test_a_damaged_shard_is_made_again_and_said(config, model, tmp_path, monkeypatch) -> None:
     screen.run(config(), tmp_path / "whole", model=model)
     with monkeypatch.context() as patched:
