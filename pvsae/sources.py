@@ -294,7 +294,10 @@ def source_of(text: str, max_samples: int | None = None) -> Source:
         return Source(path=str(path), max_samples=max_samples)
     if text.partition(":")[0] in known_corpora():
         return Source(named=text, max_samples=max_samples)
-    looks_like_a_path = path.suffix or any(c in text for c in "*?[") or text.startswith((".", "/", "~"))
+    # Datasets are called OWNER/NAME, and their names may have dots.
+    of_data = Path(path.name.removesuffix(".gz")).suffix in (".jsonl", ".json", ".txt", ".parquet", ".csv", ".arrow")
+    like_a_dataset = text.count("/") == 1 or not path.suffix
+    looks_like_a_path = of_data or any(c in text for c in "*?[") or text.startswith((".", "/", "~")) or not like_a_dataset
     return Source(path=str(path), max_samples=max_samples) if looks_like_a_path else Source(dataset=text, max_samples=max_samples)
 
 

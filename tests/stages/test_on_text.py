@@ -18,6 +18,7 @@ def test_a_word_is_a_file_where_it_looks_like_one_and_else_a_dataset(tmp_path, m
     for word in ("talks.jsonl", "more/*", "/x/y", "../x"):
         assert source_of(word) == Source(path=word)
     assert source_of("owner/name") == Source(dataset="owner/name")
+    assert source_of("owner/Name-2.5") == Source(dataset="owner/Name-2.5")
     given = Source(named="organism", max_samples=3)
     assert source_of(given) is given
 
