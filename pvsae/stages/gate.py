@@ -239,7 +239,7 @@ def _read_baseline(file: str, about: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a baseline. UserError where it is none, or where it was measured otherwise."""
     found = _read_pinned(file, about, "baseline")
     _check_limits(found.get("limits"), file, "baseline")
-    data = found.get("data")
+    data: Any = found.get("data")
     vectors = [one for each in data.values() for one in each.values()] if _is_table(data, 2) else None
     if vectors is None or not all(
         isinstance(one, dict)
