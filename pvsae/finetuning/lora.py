@@ -70,6 +70,7 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
 
     hf = model.hf
     if any(isinstance(module, BaseTunerLayer) for module in hf.modules()):
@@ -80,11 +81,11 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
         )
     everything = tuple(settings.targets) == ("all-linear",)
     targets: Any = "all-linear" if everything else list(settings.targets)
-    names = {name.rpartition(".")[2] for name, _ in hf.named_modules()}
+    names = {name.rpartition(".")[2] for name, module in hf.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
     missing = [] if everything else [target for target in targets if target not in names]
-    if missing:  # PEFT would go on with those that it finds
+    if missing:  # PEFT would go on with those that it finds, and stop at one that is not linear
         raise UserError(
-            f"{model.name} has no layers called {', '.join(missing)}",
+            f"{model.name} has no linear layers called {', '.join(missing)}",
             "names of its linear layers",
             "--targets all-linear takes them all",
         )
