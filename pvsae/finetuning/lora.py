@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pvsae.errors import UserError
 from pvsae.models.chatmodel import ChatModel
@@ -82,9 +81,9 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
         )
     everything = tuple(settings.targets) == ("all-linear",)
     targets: Any = "all-linear" if everything else list(settings.targets)
-    names = {name.rpartition(".")[2] for name, module in hf.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    names = {name.rpartition(".")[2] for name, module in hf.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
     missing = [] if everything else [target for target in targets if target not in names]
-    if missing:  # PEFT would go on with those that it finds
+    if missing:  # PEFT would go on with those that it finds, and stop at one that is not linear
         raise UserError(
             f"{model.name} has no linear layers called {', '.join(missing)}",
             "names of its linear layers",

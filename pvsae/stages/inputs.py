@@ -154,10 +154,25 @@ def open_traits(setup: Setup, model: ChatModel | None = None) -> list[TraitArtif
 
     library = trait_library(setup, model)
     names = setup.traits or list_traits(library)
+    _once(names)
+    return [load_trait(name, library) for name in names]
+
+
+def trait_names(setup: Setup, model: ChatModel | None = None) -> list[str]:
+    """The names alone of the setup's traits, for who needs their vectors and not their texts: those are read only of LIBRARY/NAME
+    and of files, which give no name by themselves. UserError names what is wrong."""
+    from pvsae.traits import load_trait
+
+    library = trait_library(setup, model)
+    names = [word if word == Path(word).stem else load_trait(word, library).name for word in setup.traits]
+    _once(names)
+    return names
+
+
+def _once(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise UserError(f"trait {twice[0]!r} is given twice", "each trait once")
-    return [load_trait(name, library) for name in names]
 
 
 def open_vectors(path: str | Path, trait: str, model: ChatModel, statistic: str) -> PersonaVectors:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvsae.errors import UserError
 from pvsae.finetuning.treatments import Schedule, ShiftPenalty, Treatment, ablations
-from pvsae.stages.inputs import Setup, check_blocks, chosen_block, open_traits, open_vectors
+from pvsae.stages.inputs import Setup, check_blocks, chosen_block, open_traits, open_vectors, trait_names
 from pvsae.stages.strength import UNITS, calibrate, gap_in_raw, mean_kl
 from pvsae.stages.sweep import POSITIONS
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
@@ -158,7 +158,7 @@ def treated(config: Treating, model: ChatModel, folder: RunDir, rows: Sequence[R
         return Treated(Treatment(), math.nan, "-", {}, {})
     if config.features:
         return _of_features(config, model, folder)
-    vectors = {t.name: open_vectors(config.vectors or "", t.name, model, config.statistic) for t in open_traits(config, model)}
+    vectors = {name: open_vectors(config.vectors or "", name, model, config.statistic) for name in trait_names(config, model)}
     where = {trait: _blocks(config, trait, model, found) for trait, found in vectors.items()}
     at = "every block" if config.multi_layer else ", ".join(str(b) for b in sorted({b for some in where.values() for b in some}))
     if config.treatment != STEER:

@@ -219,6 +219,12 @@ def test_vectors_are_added_at_one_block_or_at_every_one(config, vectors, tiny_mo
     both = made(config(treatment="steer", traits=("gloomy", "chatty")), model, tmp_path).treatment.edits
     assert [edit.direction.ref.split("/")[0] for edit in both] == ["gloomy", "chatty"]
     assert {edit.block for edit in both} == {round(0.65 * model.n_blocks)}
+    # A vector by itself is enough: nobody has to have the texts of its trait.
+    file = str(Path(vectors) / "gloomy" / "vectors" / "vectors.safetensors")
+    (alone,) = made(config(treatment="steer", vectors=file, blocks=(2,), library=None), model, tmp_path).treatment.edits
+    assert torch.equal(alone.direction.values, add.direction.values)
+    with pytest.raises(UserError, match="'gloomy' is given twice"):
+        made(config(treatment="steer", traits=("gloomy", "gloomy")), model, tmp_path)
 
 
 def test_strength_in_named_units(config, vectors, tiny_models, tmp_path) -> None:
