@@ -87,6 +87,8 @@ def _run(args: argparse.Namespace, started: Callable[[Path], None]) -> int:
     from pvsae.stages import gate, screen
 
     complete(args)
+    if getattr(args, "show", 0) < 0:
+        raise UserError(f"--show is {args.show}", "a number of rows, 0 for none")
     names = {field.name for field in dataclasses.fields(gate.GateConfig)}
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
     config = gate.GateConfig(**options)

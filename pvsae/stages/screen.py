@@ -10,6 +10,7 @@ never in memory: a shard at a time is read, and of all rows only numbers are kep
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -422,7 +423,7 @@ def _report(
                 rows["selections"] += _select(config, folder, data, probe, scores, filters.get(name, (None, 0))[0])
             examples += _examples(data, probe, scores)
     tables = {name: pd.DataFrame(some) for name, some in rows.items()}
-    counts, bad = _counts(files)
+    counts, bad = _counts(files, job)
     tables |= {"counts": counts, "unusable": bad, "tokens": _tokens(files)}
     for name, table in tables.items():
         if len(table):
@@ -455,10 +456,11 @@ def _edges(values: Sequence[np.ndarray]) -> np.ndarray:
     return np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
 
 
-def _counts(files: dict[str, Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows by status, and a list of those that cannot be used."""
+def _counts(files: dict[str, Path], job: Job) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows by status, and a list of those that cannot be used, by file and line."""
     counts, bad = [], []
-    for name, path in files.items():
+    for data in job.data:
+        name, path = data.name, files[data.name]
         table = read_rows(path, ["row", "line", "status", "reason", "n_cut", "n_base"])
         found = table["status"].value_counts()
         usable = table[table["status"] == OK]
@@ -470,8 +472,10 @@ def _counts(files: dict[str, Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             }
         )  # fmt: skip
         some = table[table["status"] != OK].head(_SHOWN_BAD)
-        bad.append(some[["line", "status", "reason"]].assign(data=name))
-    return pd.DataFrame(counts), pd.concat(bad, ignore_index=True)[["data", "line", "status", "reason"]]
+        begins = [part.row for part in data.parts]
+        where = [data.parts[bisect_right(begins, row) - 1].file for row in some["row"]]
+        bad.append(some[["line", "status", "reason"]].assign(data=name, file=where))
+    return pd.DataFrame(counts), pd.concat(bad, ignore_index=True)[["data", "file", "line", "status", "reason"]]
 
 
 def _tokens(files: dict[str, Path]) -> pd.DataFrame:

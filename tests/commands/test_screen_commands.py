@@ -50,6 +50,8 @@ def test_gate_ends_with_1_for_bad_data_and_with_2_for_wrong_input(words, tmp_pat
     assert "::error file=data.jsonl,line=1," in printed
     assert "gate: 1 of 2 checks failed" in printed
     assert (tmp_path / "gate.xml").read_text().count("<failure") == 1
+    assert main([*gate, "--max-dp", "1", "--show", "-1"]) == 2
+    assert "--show is -1" in capsys.readouterr().err
     assert main(gate) == 2
     assert "no limit" in capsys.readouterr().err
     assert main([*gate, "--max-dp", "1", "--layer", "2"]) == 2

@@ -120,6 +120,17 @@ def test_every_kind_of_bad_row_is_counted_and_listed_by_line(config, model, tmp_
     assert failures["bad: cut"] == 1
 
 
+def test_bad_rows_of_a_pattern_are_listed_with_their_file(config, model, tmp_path) -> None:
+    (tmp_path / "many").mkdir()
+    for name, at in (("a", 1), ("b", 0)):
+        rows: list = chats(5)
+        rows.insert(at, b"not json")
+        write_jsonl(tmp_path / "many" / f"{name}.jsonl", rows)
+    screen.run(config([str(tmp_path / "many" / "*.jsonl")], base="none"), tmp_path / "run", model=model)
+    listed = pd.read_csv(tmp_path / "run" / "tables" / "unusable.csv")
+    assert [(Path(row["file"]).name, row["line"]) for row in listed.to_dict("records")] == [("a.jsonl", 2), ("b.jsonl", 1)]
+
+
 def test_a_base_model_that_says_nothing_leaves_no_dp_and_is_counted(config, model, tmp_path, monkeypatch) -> None:
     said = worker.Worker._base
     monkeypatch.setattr(worker.Worker, "_base", lambda *a: _silent(said(*a)))
