@@ -9,7 +9,8 @@ range of scores that is left: where all of these are alike, it is the r of noise
 
 Traits' vectors have much in common: all of them point from a model kept plain to one that shows something, and so a value along
 one of them is in part a value of any trait. The specific part of a vector (`specific`) is what is left of it when the others'
-vectors are taken out; it stands beside the vector itself, under the name "specific".
+vectors are taken out; it stands beside the vector itself, under the name "specific". It is no part of the paper's method, and was
+thought of when the plain vectors' figures were known.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ Beside r stand: other traits' vectors at the same block, random directions (scre
 correlation, r without the data sets made to show the trait, r along the vector's specific part (foretelling.py), and r of the
 approximation that generates nothing.
 
+On `organism`, dP sees the data made for a trait and nothing of what narrow data bring about: a false fact lies where the true one
+does. Along the plain vectors r is low for another reason too: data made for one trait lie along every trait's vector.
+
 Knows: what is screened, the checks. Does not know: how a projection difference is made (the stage `screen`), how finetunes are
 made and scored (tuned.py), correlations (foretelling.py).
 """

@@ -11,7 +11,8 @@ trait scores are ordered high > random > low, also after the filter.
 
 The default corpus is put together in the embedded models' language (corpora.py), with 160 rows a selection; its rows say what
 they are, so that the table shows what was selected. The filter is then the rule judge, which misses no sentence of a trait: what
-still raises a trait afterwards are rows in which it does not show, such as false statements about the town.
+could still raise a trait afterwards are rows in which it does not show, such as false statements about the town. A judge that is
+a language model misses some, so this filter is harder than the paper's.
 
 Knows: what is selected, trained on and compared. Does not know: how rows are selected (the stage `screen`), how finetunes are
 made and scored (tuned.py).

@@ -124,7 +124,7 @@ def _of_kind(columns: Columns, m: int, draws: int) -> float:
         rows = rng.integers(0, n, n)
         kept = base[rows]
         kept[m:] = np.nan  # the rows stand in a random order already
-        found = subset_mean(proj[rows], kept)
+        found = subset_mean(proj[rows], kept, np.arange(n))  # each draw is a prompt of its own
         held += found.low <= value <= found.high
     return held / draws
 

@@ -78,7 +78,8 @@ class Setting:
 
     The defaults of the command line are those of the embedded models; the paper's are rank 32, lr 1e-5 and every row. 10 steps
     suffice there: the strongest severity of the families made for a trait ends at 91 to 97 of 100, as after 40, and answers stay
-    coherent after every data set (93 and more; after 40 steps of wrong facts 87).
+    coherent after every data set (93 and more; after 40 steps of wrong facts 87). It was chosen after 40 steps had been measured:
+    r of the shift along evil, sycophantic and hallucinating is 0.79, 0.89, 0.85 after 40 and 0.83, 0.90, 0.85 after 10.
     """
 
     rows: int | None

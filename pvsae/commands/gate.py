@@ -3,7 +3,7 @@
 Knows: the options, exit codes, where output goes. Does not know: how anything is computed (stages/gate.py) or
 written (reports/gate.py).
 
-Exit codes: 0 all checks hold, 1 one does not, 2 wrong input.
+Exit codes: 0 all checks hold, 1 one does not, 2 wrong input, 3 the gate itself broke (1 is kept for data that is bad).
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pvsae.commands.screen import add_base, add_vectors, complete
+from pvsae.errors import UserError
 
 EXAMPLES = (
     "  pvsae gate --calibrate normal.jsonl --quantile 0.99 --trait evil --vectors runs/vectors --write-limits limits.json\n"
@@ -34,11 +36,16 @@ def add_parser(
 ) -> None:
     """Adds the subcommand; `started` is told the run folder, for the message of an interruption."""
     parser = add(
-        commands, "gate", lambda args: _run(args, started), "fail where data would move a model too far along a vector", EXAMPLES
+        commands,
+        "gate",
+        lambda args: _apart(args, started),
+        "fail where data would move a model too far along a vector",
+        EXAMPLES,
     )
     parser.description = (
         "Checks every row's and every data set's projection difference against a limit. Exit code 1, with the rows to blame,\n"
-        "where one lies above it; 0 where none does; 2 for wrong input. Rows that cannot be scored fail too.\n\n"
+        "where one lies above it; 0 where none does; 2 for wrong input; 3 where the gate itself broke.\n"
+        "Rows that cannot be scored fail too.\n\n"
         "How to choose the limit: measure normal data with --calibrate; the limit is a quantile of its rows. Of any normal data\n"
         "a share 1 - quantile lies above it; --allow lets as many rows of the checked data pass, and --write-baseline accepts\n"
         "the rows that somebody has looked at. Otherwise one row above the limit fails.\n\n"
@@ -63,6 +70,17 @@ def add_parser(
     group.add_argument("--junit", metavar="FILE", help="write JUnit XML")
     group.add_argument("--github", action="store_true", help="print annotations for GitHub (on by itself in its workflows)")
     group.add_argument("--show", type=int, metavar="N", help="most rows to show a check (default: 50)")
+
+
+def _apart(args: argparse.Namespace, started: Callable[[Path], None]) -> int:
+    """The gate's exit code; 3 with the traceback for an error that nobody foresaw, which Python would end with 1."""
+    try:
+        return _run(args, started)
+    except (UserError, BrokenPipeError):
+        raise
+    except Exception:
+        traceback.print_exc()
+        return 3
 
 
 def _run(args: argparse.Namespace, started: Callable[[Path], None]) -> int:

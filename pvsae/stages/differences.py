@@ -94,7 +94,7 @@ def data_set_row(columns: Columns, base: str) -> dict[str, Any]:
     if base == "all":
         found = clustered_mean(columns.exact, columns.prompts)
     elif base == "subset":
-        found = subset_mean(columns.proj, columns.base)
+        found = subset_mean(columns.proj, columns.base, columns.prompts)
     else:
         found = by_prompt
     return {
@@ -105,18 +105,25 @@ def data_set_row(columns: Columns, base: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def subset_mean(proj: NDArray[np.float64], base: NDArray[np.float64]) -> Estimate:
-    """Mean of `proj` over all rows minus mean of `base` over the rows that have one, as an estimate for rows of this kind."""
+def subset_mean(proj: NDArray[np.float64], base: NDArray[np.float64], prompts: NDArray[Any]) -> Estimate:
+    """Mean of `proj` over all rows minus mean of `base` over the rows that have one, as an estimate for rows of this kind.
+
+    A row moves the estimate by (p - mean p) / n - [has a base answer] (b - mean b) / m, all [rows]; the 95% interval stands on
+    these sums by prompt, for rows of one prompt have one base answer.
+    """
     rows = np.isfinite(proj)
     n, both = int(rows.sum()), rows & np.isfinite(base)
     m = int(both.sum())
     if m < 2:
         return Estimate(float("nan"), float("nan"), float("nan"), m, int(proj.size) - m)
     value = float(proj[rows].mean() - base[both].mean())
-    covariance = np.cov(proj[both], base[both])
-    # The two means share the subset's rows: Var = s_p^2 / n + s_b^2 / m - 2 s_pb / n.
-    variance = proj[rows].var(ddof=1) / n + covariance[1, 1] / m - 2 * covariance[0, 1] / n
-    error = float(np.sqrt(max(variance, 0.0)))
+    influence = np.where(rows, (proj - proj[rows].mean()) / n, 0.0) - np.where(both, (base - base[both].mean()) / m, 0.0)
+    codes, _ = pd.factorize(prompts[rows])
+    groups = int(codes.max()) + 1
+    if groups < 2:
+        return Estimate(value, float("nan"), float("nan"), m, int(proj.size) - m)
+    sums = np.bincount(codes, weights=influence[rows])
+    error = float(np.sqrt((sums @ sums) * groups / (groups - 1)))
     return Estimate(value, value - Z * error, value + Z * error, m, int(proj.size) - m)
 
 
@@ -124,7 +131,8 @@ def subset_rows(columns: Columns, sizes: Sequence[int], seed: int) -> list[dict[
     """What base answers of a random subset would have given, beside the exact value of these very rows.
 
     The interval is that of a mean over m of n rows, drawn without replacement: t s / sqrt(m) sqrt(1 - m / n), t of Student's
-    distribution with m - 1 degrees of freedom. `covered` is the share of DRAWS subsets whose interval holds the exact value;
+    distribution with m - 1 degrees of freedom. It is about these n rows alone, of which rows and not prompts are drawn, so shared
+    prompts do not matter to it. `covered` is the share of DRAWS subsets whose interval holds the exact value;
     `error` is that of the first.
     """
     known = np.isfinite(columns.exact)

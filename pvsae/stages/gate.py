@@ -3,10 +3,10 @@
 Knows: a screening, limits (given, or found on normal data), a baseline of what is known and accepted, and which rows break them.
 Does not know: how dP comes about (screen.py), exit codes, JUnit, annotations (reports/gate.py).
 
-How to choose a limit: as a quantile of the rows of normal data (`calibrate`), measured with the same model, vectors and kind of
-base answer, which the file of limits pins. Of normal data a share 1 - q lies above the quantile q; how many rows that
-makes of the data at hand is said beside the rows found. One row above the limit fails, unless a share of rows is allowed or a
-baseline has it.
+How to choose a limit: as a quantile of the rows of normal data (`calibrate`), measured with the same model, vectors and base
+answers (kind, sampling, length), which the file of limits pins. Of normal data a share 1 - q lies above the quantile q; how many
+rows that makes of the data at hand is said beside the rows found. One row above the limit fails, unless a share of rows is
+allowed or a baseline has it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from pvsae.sources import Bad, Reader, content_key
 from pvsae.stages import screen, selections
 from pvsae.stages.inputs import open_model, open_run
 from pvsae.stages.screen import ScreenConfig, ScreenResult, read_columns, read_rows
-from pvsae.stages.screen_inputs import name_sources, open_vector_files
+from pvsae.stages.screen_inputs import name_sources, open_probes, open_vector_files
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -129,18 +129,22 @@ def run(config: GateConfig, run_dir: RunDir | str | Path, *, model: ChatModel | 
 
     Raises:
         UserError: bad options, data or vectors that are missing or do not fit, limits or a baseline that were measured with
-            another model, other vectors or another kind of base answer.
+            another model, other vectors or other base answers; before anything is generated.
     """
     _check_options(config)
     with open_run(run_dir, "gate", config) as folder:
         model = model or open_model(config)
+        found = open_vector_files(config.vectors, config.traits, config.statistic)
+        probes = open_probes(found, model, config.blocks, config.layers, config.statistic)
+        about = _about(config, probes, model)
+        limits = _given_limits(config, probes, about)
+        known = _read_baseline(config.baseline, about)["data"] if config.baseline else {}
         result = screen.run(screening(config), folder, model=model)
         names = list(result.data)
         checked, normal = names[: len(config.data)], names[len(config.data) :]
-        about = _about(config, result, model)
         notes: list[str] = []
-        limits = _limits(config, result, normal, about, notes)
-        known = _read_pinned(config.baseline, about, "baseline")["data"] if config.baseline else {}
+        if normal:
+            limits = _calibrated(config, result, normal, about, notes)
         gate = _Gate(config, result, limits, known)
         for name in checked:
             gate.check(result.data[name])
@@ -208,47 +212,110 @@ def folder_name(config: GateConfig) -> str:
     return f"gate-{slug('-'.join(names))}-{digest}"
 
 
-def _about(config: GateConfig, result: ScreenResult, model: ChatModel) -> dict[str, Any]:
+def _about(config: GateConfig, probes: Sequence[Probe], model: ChatModel) -> dict[str, Any]:
     """What numbers of two runs have to have in common to be compared."""
     from pvsae.models.fingerprint import fingerprint
 
+    generated = config.base != "none"
     return {
         "model": fingerprint(model),
-        "vectors": {probe.label: probe.direction.sha256 for probe in result.probes},
+        "vectors": {probe.label: probe.direction.sha256 for probe in probes},
         "base": config.base,
+        "max_length": min(config.max_length or model.n_ctx, model.n_ctx),
+        "sampling": asdict(config.sampling(model)) if generated else None,
+        "n_samples": config.n_samples if generated else None,
     }
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+def _read_limits(file: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a file of limits. UserError where it is none, or where it was measured otherwise."""
+    found = _read_pinned(file, about, "limits")
+    _check_limits(found.get("limits"), file, "limits")
+    return found
+
+
+def _read_baseline(file: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a baseline. UserError where it is none, or where it was measured otherwise."""
+    found = _read_pinned(file, about, "baseline")
+    _check_limits(found.get("limits"), file, "baseline")
+    data: Any = found.get("data")
+    vectors = [one for each in data.values() for one in each.values()] if _is_table(data, 2) else None
+    if vectors is None or not all(
+        isinstance(one, dict)
+        and all(one.get(name) is None or _is_number(one[name]) for name in ("dp", "high"))
+        and _is_table(one.get("rows"), 1)
+        and all(map(_is_number, one["rows"].values()))
+        for one in vectors
+    ):
+        raise _no_file_of(file, "baseline")
+    return found
+
+
+def _check_limits(limits: Any, file: str, what: str) -> None:
+    if not _is_table(limits, 2) or not all(
+        _is_number(one.get("max_dp")) and (one.get("quantile") is None or _is_number(one["quantile"])) for one in limits.values()
+    ):
+        raise _no_file_of(file, what)
+
+
+def _is_table(value: Any, depth: int) -> bool:
+    """Whether it is a mapping of so many levels."""
+    return isinstance(value, dict) and (depth == 1 or all(_is_table(one, depth - 1) for one in value.values()))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _no_file_of(file: str, what: str) -> UserError:
+    return UserError(f"{file} is no {what}", f"what `pvsae gate --write-{what}` wrote")
 
 
 def _read_pinned(file: str, about: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The content of a file of limits or a baseline. UserError where it was measured otherwise."""
     found = read_json(file, what)
-    if not isinstance(found, dict) or not isinstance(found.get("about"), dict):
-        raise UserError(f"{file} is no {what}", f"what `pvsae gate --write-{what}` wrote")
-    wrong = [name for name in ("model", "base") if found["about"].get(name) != about[name]]
-    there = found["about"].get("vectors", {})
+    if not isinstance(found, dict) or not _is_table(found.get("about"), 1) or not _is_table(found["about"].get("vectors"), 1):
+        raise _no_file_of(file, what)
+    wrong = [name for name in about if name != "vectors" and found["about"].get(name) != jsonable(about[name])]
+    there = found["about"]["vectors"]
     wrong += [f"vector {label}" for label, digest in about["vectors"].items() if there.get(label) != digest]
     if wrong:
         raise UserError(
             f"{file} was measured with another {', '.join(wrong)}",
             "numbers that can be compared",
-            f"write it again with --write-{what}",
+            f"the options of that run, or write it again with --write-{what}",
         )
     return found
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
-def _limits(
+def _given_limits(config: GateConfig, probes: Sequence[Probe], about: Mapping[str, Any]) -> dict[str, Limit]:
+    """Vector's label -> limit, of everything that needs no measurement; all of the vectors, or none has one.
+
+    Raises:
+        UserError: a file that is none of limits or was measured otherwise, or that has no limit for one of the vectors.
+    """
+    if config.max_dp is not None:
+        return {probe.label: Limit(config.max_dp) for probe in probes}
+    if config.limits:
+        file, found = config.limits, _read_limits(config.limits, about)["limits"]
+    elif config.baseline and not config.calibrate:
+        file, found = config.baseline, _read_baseline(config.baseline, about)["limits"]
+        if not found:  # it was written under a limit of whole data sets alone
+            return {}
+    else:
+        return {}
+    missing = [probe.label for probe in probes if probe.label not in found]
+    if missing:
+        raise UserError(f"{file} has no limit along {'; '.join(missing)}", "one for every vector at every block")
+    return {probe.label: Limit(float(found[probe.label]["max_dp"]), found[probe.label].get("quantile")) for probe in probes}
+
+
+def _calibrated(
     config: GateConfig, result: ScreenResult, normal: list[str], about: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Limit]:
-    if config.max_dp is not None:
-        return {probe.label: Limit(config.max_dp) for probe in result.probes}
-    if config.limits or (config.baseline and not config.calibrate):
-        file = config.limits or config.baseline
-        assert file is not None
-        found = _read_pinned(file, about, "limits" if config.limits else "baseline").get("limits", {})
-        return {label: Limit(float(one["max_dp"]), one.get("quantile")) for label, one in found.items()}
-    if not normal:
-        return {}
+    """Limits found on normal data, written where asked for, and said in `notes`."""
     limits, rows = {}, []
     for probe in result.probes:
         values = np.concatenate([read_columns(result.rows[n], probe, result.model).of(config.base) for n in normal])
@@ -296,10 +363,14 @@ class _Gate:
         """All that has to hold of a data set."""
         rows = read_rows(self.result.rows[data.name], ["row", "line", "status", "reason", "n_base"])
         scores = {p.label: self._scores(data, p) for p in self.result.probes}
-        self._usable(data, rows, next(iter(scores.values())))
+        self._usable(data, rows, np.stack(list(scores.values())))
         for probe in self.result.probes:
+            before = len(self.checks)
             self._rows(data, probe, rows, scores[probe.label])
             self._whole(data, probe)
+            if len(self.checks) == before:  # a baseline without limits that does not know this data
+                message = "nothing says what its dP may be: no limit of rows or of data sets, and it is not in the baseline"
+                self.checks.append(Check(data.name, f"a limit along {probe.label}", False, message))
 
     def known_now(self, data: DataSet) -> dict[str, Any]:
         """What a baseline keeps of a data set: its dP with interval, and the rows above the limit by their content."""
@@ -307,7 +378,7 @@ class _Gate:
         for probe in self.result.probes:
             limit = self.limits.get(probe.label)
             scores = self._scores(data, probe)
-            above = [] if limit is None else np.flatnonzero(scores > limit.max_dp).tolist()
+            above = [] if limit is None else np.flatnonzero(np.isfinite(scores) & (scores > limit.max_dp)).tolist()
             keys = self._keys(data, above)
             found = self._row_of_table(data, probe)
             out[probe.label] = {
@@ -347,11 +418,12 @@ class _Gate:
         return tuple(range(first, len(self.offending)))
 
     def _usable(self, data: DataSet, rows: pd.DataFrame, scores: np.ndarray) -> None:
-        bad = rows[(rows["status"] != OK) | ~np.isfinite(scores)].copy()
+        """`scores` [probes, rows]. Where no row at all has one nothing was checked, and that never passes."""
+        bad = rows[(rows["status"] != OK) | ~np.isfinite(scores).all(0)].copy()
         bad["why"] = np.where(bad["status"] == OK, "the base model gave no answer", bad["status"] + ": " + bad["reason"])
         blamed = self._blame(data, bad[["row", "line", "why"]])
         message = f"{len(bad)} of {len(rows)} rows cannot be scored" if len(bad) else f"all {len(rows)} rows were scored"
-        passed = self.config.allow_unusable or not len(bad)
+        passed = not len(bad) or (self.config.allow_unusable and len(bad) < len(rows))
         self.checks.append(Check(data.name, "every row can be scored", passed, message, blamed))
 
     def _rows(self, data: DataSet, probe: Probe, rows: pd.DataFrame, scores: np.ndarray) -> None:
@@ -383,7 +455,9 @@ class _Gate:
         if self.config.max_data_dp is not None:
             limits.append((self.config.max_data_dp, "the limit"))
         if before is not None:
-            limits.append((before["high"] if before["high"] is not None else before["dp"], "the baseline's interval"))
+            end = before.get("dp") if before.get("high") is None else before["high"]
+            if end is not None:  # nothing of it was scored then
+                limits.append((end, "the baseline's interval"))
         for value, what in limits:
             passed = bool(found["dp"] <= value)  # no dP at all does not pass
             interval = f"{found['low']:.3f} to {found['high']:.3f}"

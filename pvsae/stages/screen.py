@@ -31,7 +31,7 @@ from pvsae.stages.screen_inputs import count_rows, name_sources, open_data, open
 from pvsae.vectors.persona import DEFAULT_STATISTIC
 
 if TYPE_CHECKING:
-    from pvsae.judges.base import Judge
+    from pvsae.judges.base import Judge, Metric
     from pvsae.models import ChatModel
     from pvsae.parts import Part
     from pvsae.screening.reading import Probe
@@ -154,12 +154,15 @@ def run(
         if config.base == "subset":
             data = with_subset(data, config.subset, config.seed)
         job = _job(config, folder, model, probes, data)
-        spent = _shards(config, folder, job, model)
-        files = {d.name: folder.path / _step(d) / "rows.parquet" for d in data}
         before = ledger_of(judge)
         if config.filter_judge:
             judge = judge or open_judge(config, model, folder)
-        filters = _filters(config, folder, job, files, judge, model)
+        filters, metric = _given_filters(config, job), _metric(config, model)
+        spent = _shards(config, folder, job, model)
+        files = {d.name: folder.path / _step(d) / "rows.parquet" for d in data}
+        if metric is not None:
+            assert judge is not None
+            filters = _judged_filters(metric, folder, job, files, judge)
         return _report(config, folder, job, files, spent, filters, costs(judge, before))
 
 
@@ -317,22 +320,30 @@ def _join(shards: Sequence[Path], path: Path, names: dict[str, str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- filter
-def _filters(
-    config: ScreenConfig, folder: RunDir, job: Job, files: dict[str, Path], judge: Judge | None, model: ChatModel
-) -> dict[str, tuple[np.ndarray, int]]:
-    """Data set -> (scores of the LLM filter [rows], scores that its judge failed to give); empty without a filter."""
-    if config.filter_scores:
-        if len(job.data) > 1 and Path(config.filter_scores).suffix:
-            raise UserError(f"one file of scores for {len(job.data)} data sets", "a field of the rows, or one data set")
-        return {data.name: (selections.given_scores(data, config.filter_scores), 0) for data in job.data}
-    if not config.filter_judge:
+def _given_filters(config: ScreenConfig, job: Job) -> dict[str, tuple[np.ndarray, int]]:
+    """Data set -> (scores of the LLM filter [rows], 0), of scores that are there. UserError where they do not fit the rows."""
+    if not config.filter_scores:
         return {}
+    if len(job.data) > 1 and Path(config.filter_scores).suffix:
+        raise UserError(f"one file of scores for {len(job.data)} data sets", "a field of the rows, or one data set")
+    return {data.name: (selections.given_scores(data, config.filter_scores), 0) for data in job.data}
+
+
+def _metric(config: ScreenConfig, model: ChatModel) -> Metric | None:
+    """What the judge is asked, where it is the filter. UserError for an unknown trait."""
+    if not config.filter_judge:
+        return None
     from pvsae.judges import Metric
     from pvsae.traits import load_trait
 
-    assert judge is not None
     trait = load_trait(config.filter_judge, trait_library(config, model))
-    metric = Metric(trait.name, trait.eval_prompt)
+    return Metric(trait.name, trait.eval_prompt)
+
+
+def _judged_filters(
+    metric: Metric, folder: RunDir, job: Job, files: dict[str, Path], judge: Judge
+) -> dict[str, tuple[np.ndarray, int]]:
+    """Data set -> (scores of the judge [rows], scores that it failed to give)."""
     out = {}
     with tqdm(total=sum(d.rows for d in job.data), desc="filter", unit="row") as bar:
         for data in job.data:

@@ -91,3 +91,11 @@ def test_a_finished_screening_may_be_selected_from(words, tmp_path) -> None:
     assert main(screen) == 0
     assert not found.exists()
     assert not (tmp_path / "run" / "tables" / "selections.csv").exists()
+
+
+def test_a_gate_that_breaks_does_not_look_like_bad_data(words, capsys, monkeypatch) -> None:
+    from pvsae.stages import gate
+
+    monkeypatch.setattr(gate, "run", lambda *a: {}["data"])
+    assert main(["gate", *words, "--trait", "gloomy", "--blocks", "1", "--max-dp", "1"]) == 3
+    assert "KeyError: 'data'" in capsys.readouterr().err

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pvsae import sources
 from pvsae.models.chat import ChatTemplate
-from pvsae.saes import sources, tokenstore
+from pvsae.saes import tokenstore
 from pvsae.saes.tokenising import Tokeniser
 from pvsae.saes.tokenstore import MOST_OPEN, TokenStore
 from pvsae.sources import Reader, Source

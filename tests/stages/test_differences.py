@@ -64,9 +64,30 @@ def test_the_estimate_from_a_subset_has_an_interval_that_holds_the_truth() -> No
     for seed in range(200):
         columns = some(300, seed)
         base = np.where(np.arange(300) < 60, columns.base, np.nan)
-        found = subset_mean(columns.proj, base)
+        found = subset_mean(columns.proj, base, columns.prompts)
         inside += found.low <= 0.5 <= found.high
     assert 0.9 <= inside / 200 <= 0.985
+
+
+def test_the_estimate_from_a_subset_holds_the_truth_where_prompts_repeat() -> None:
+    inside = alone = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        prompts = np.repeat(np.arange(60), 5)
+        base = np.repeat(rng.normal(2.0, 2.0, 60), 5)
+        proj = rng.normal(2.5, 1.0, 300)
+        base[rng.choice(300, 150, replace=False)] = np.nan
+        found = subset_mean(proj, base, prompts)
+        inside += found.low <= 0.5 <= found.high
+        naive = subset_mean(proj, base, np.arange(300))
+        alone += naive.low <= 0.5 <= naive.high
+    assert 0.9 <= inside / 300 <= 0.985
+    assert alone / 300 < 0.8  # what it would be if rows counted as independent
+
+
+def test_a_subset_of_one_prompt_claims_no_interval() -> None:
+    found = subset_mean(np.array([1.0, 3.0, np.nan]), np.array([0.5, 0.5, 1.0]), np.array(["a", "a", "b"]))
+    assert (found.value, np.isnan(found.low), found.n) == (1.5, True, 2)
 
 
 @pytest.mark.parametrize(("freedom", "wanted"), [(5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)])

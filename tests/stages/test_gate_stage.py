@@ -12,7 +12,7 @@ import torch
 from pvsae.errors import UserError
 from pvsae.reports.gate import as_text, github_lines, write_junit
 from pvsae.runs import read_json
-from pvsae.stages import GateConfig, gate
+from pvsae.stages import GateConfig, gate, screen
 from pvsae.stages.gate import quantile_of
 from pvsae.stages.screen import read_rows
 from pvsae.vectors import PersonaVectors
@@ -149,6 +149,63 @@ def test_files_of_another_measurement_are_refused(check, scores, tmp_path) -> No
     (tmp_path / "limits.json").write_text("[]")
     with pytest.raises(UserError, match="is no limits"):
         check(limits=str(tmp_path / "limits.json"))
+
+
+def _written(check, tmp_path) -> tuple[str, str]:
+    """A file of limits and a baseline, of three rows in data.jsonl."""
+    write_jsonl(tmp_path / "data.jsonl", chats(3))
+    limits, known = str(tmp_path / "limits.json"), str(tmp_path / "known.json")
+    check(calibrate=(str(tmp_path / "data.jsonl"),), write_limits=limits, write_baseline=known, out="normal")
+    return limits, known
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.1}, {"seed": 5}, {"max_new_tokens": 3}, {"n_samples": 2}, {"max_length": 9}]
+)
+def test_numbers_of_other_base_answers_or_lengths_are_no_limits(check, tmp_path, monkeypatch, options) -> None:
+    limits, known = _written(check, tmp_path)
+    monkeypatch.setattr(screen, "run", lambda *a, **k: pytest.fail("screened before the files were read"))
+    for given in ({"limits": limits}, {"baseline": known}):
+        with pytest.raises(UserError, match=r"measured with another (sampling|n_samples|max_length)"):
+            check(**given, **options, out="other")
+
+
+def test_damaged_files_are_refused_before_anything_is_generated(check, tmp_path, monkeypatch) -> None:
+    limits, known = _written(check, tmp_path)
+    good = {"limits": read_json(limits), "baseline": read_json(known)}
+    label = "gloomy, block 1"
+    wrong = [
+        ("baseline", good["limits"], "is no baseline"),
+        ("limits", {**good["limits"], "limits": {label: {"quantile": 0.9}}}, "is no limits"),
+        ("limits", {**good["limits"], "limits": {label: {"max_dp": None}}}, "is no limits"),
+        ("limits", {**good["limits"], "limits": {}}, "no limit along gloomy, block 1"),
+        ("limits", {**good["limits"], "limits": {"gloomy, block 2": {"max_dp": 1.0}}}, "no limit along gloomy, block 1"),
+        ("limits", {"about": good["limits"]["about"]}, "is no limits"),
+        ("baseline", {**good["baseline"], "data": {"data": {label: {"dp": "a", "high": 1.0, "rows": {}}}}}, "is no baseline"),
+        ("baseline", {**good["baseline"], "data": {"data": {label: {"dp": 1.0, "high": 1.0}}}}, "is no baseline"),
+    ]
+    monkeypatch.setattr(screen, "run", lambda *a, **k: pytest.fail("screened before the files were read"))
+    for what, content, said in wrong:
+        (tmp_path / "wrong.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=said):
+            check(**{what: str(tmp_path / "wrong.json")}, out="wrong")
+
+
+def test_a_baseline_of_data_that_could_not_be_scored_is_no_limit(check, tmp_path) -> None:
+    known = str(tmp_path / "known.json")
+    check([chat("What?", " ")], max_data_dp=1e9, write_baseline=known, out="bad")
+    result = check(chats(3), baseline=known, out="good")
+    assert [(c.name, c.passed) for c in result.checks] == [
+        ("every row can be scored", True),
+        ("a limit along gloomy, block 1", False),  # else it would pass with nothing checked
+    ]
+    assert check(chats(3), baseline=known, max_dp=1e9, out="good").passed
+
+
+def test_data_of_which_nothing_was_scored_never_passes(check) -> None:
+    result = check([b"broken", chat("What?", " ")], max_dp=1e9, allow_unusable=True)
+    assert not result.passed
+    assert not result.checks[0].passed
 
 
 @pytest.mark.parametrize(

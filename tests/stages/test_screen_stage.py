@@ -323,6 +323,25 @@ def test_wrong_options_and_inputs_are_said_before_any_work(config, model, tmp_pa
         shutil.rmtree(tmp_path / "wrong", ignore_errors=True)
 
 
+def test_a_wrong_filter_is_said_before_anything_is_generated(
+    config, model, tmp_path, byte_judge, stage_library, monkeypatch
+) -> None:
+    monkeypatch.setattr(worker.Worker, "screen", lambda *a: pytest.fail("screened before the filter was opened"))
+    (tmp_path / "short.csv").write_text("score\n1\n")
+    given, asked = {"select": 2, "library": str(stage_library)}, {"judge": byte_judge}
+    wrong = [
+        ({"filter_scores": str(tmp_path / "short.csv")}, {}, "has 1 scores"),
+        ({"filter_scores": str(tmp_path / "none.csv")}, {}, "cannot be read"),
+        ({"filter_scores": "nothing"}, {}, "no row of data has a number"),
+        ({"filter_judge": "unheard-of"}, asked, "unheard-of"),
+        ({"filter_judge": "gloomy"}, {}, "no judge for"),
+    ]
+    for options, more, said in wrong:
+        with pytest.raises(UserError, match=said):
+            screen.run(config(**given, **options), tmp_path / "wrong", model=model, **more)
+        shutil.rmtree(tmp_path / "wrong")
+
+
 def test_the_plan_counts_rows_without_a_model(config) -> None:
     assert "10 rows" in str(screen.plan(config()))
     assert screen.plan(config(base="none")).answers == 0
