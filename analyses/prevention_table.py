@@ -224,6 +224,7 @@ def draw_curves(curves: pd.DataFrame, path: Path) -> Path:
             ax.tick_params(colors=INK, labelsize=7)
             ax.grid(True, color=PALE, linewidth=0.7)
             ax.spines[["top", "right"]].set_visible(False)
+            ax.set_xticks(sorted(set(part["steps"])))
             ax.set_xlabel("steps", fontsize=8)
             if not j:
                 ax.set_ylabel(f"{trait}\ntrait score afterwards", fontsize=8)

@@ -26,7 +26,6 @@ from pvsae import load
 from pvsae.errors import UserError
 from pvsae.finetuning.rows import Row
 from pvsae.models import Add, ChatModel, LastPrompt
-from pvsae.models.batch import TokenBatch
 from pvsae.models.interventions import Intervention
 from pvsae.runs import RunDir
 from pvsae.stages import FinetuneConfig, finetune
@@ -234,11 +233,7 @@ def answer_loss(model: ChatModel, rows: Sequence[Row], edits: Sequence[Intervent
     total, learnt = 0.0, 0
     for start in range(0, len(rows), A_STEP):
         some = rows[start : start + A_STEP]
-        batch = TokenBatch.build([row.rendered for row in some], pad_id=model.pad_id)
-        labels = torch.full_like(batch.input_ids, trainer.UNLEARNT)
-        for i, row in enumerate(some):
-            for first, end in row.learnt:
-                labels[i, first:end] = batch.input_ids[i, first:end]
+        batch, labels = trainer.collate(some, model.pad_id)
         with model.hooks(edits):
             total += float(trainer.answer_loss(model, batch.to(model.device), labels))
         learnt += sum(row.n_learnt for row in some)

@@ -18,6 +18,7 @@ from analyses.treated import BASE, PLAIN, Amount, Asked, Bench, Way, answer_loss
 from benchmarks import record
 from pvsae.errors import UserError
 from pvsae.models import load as load_model
+from pvsae.models.fingerprint import fingerprint
 from pvsae.saes.dictionary import SAE, SAEInfo
 from pvsae.vectors import PersonaVectors
 
@@ -38,7 +39,9 @@ def table() -> pd.DataFrame:
     names = ["method", "strength", "trait_score", "coherence", "capability", "choice_trait", "choice_coherence"]
     found = pd.DataFrame(rows, columns=names)
     found.insert(0, "trait", "evil")
-    return found.assign(trait_low=found["trait_score"] - 3, trait_high=found["trait_score"] + 3, train_loss=0.5)
+    return found.assign(
+        trait_low=found["trait_score"] - 3, trait_high=found["trait_score"] + 3, train_loss=0.5, held_out_loss=0.6
+    )
 
 
 def by_question() -> dict[tuple[str, float], list[float]]:
@@ -130,6 +133,7 @@ def test_what_is_held_out_was_not_trained_on(bench: Bench) -> None:
 
 
 def test_a_way_is_measured_once_and_post_hoc_steering_moves_along_the_vector(bench: Bench, monkeypatch) -> None:
+    weights = fingerprint(bench.model)
     asked, amount = Asked(samples=1, choice=1, questions=2, able=True, limit=4), Amount(2, 1e-3)
     rows = {way.slug: measured(bench, way, amount, asked) for way in (Way(BASE), Way(PLAIN), Way(POST_HOC, 2.0, afterwards=-2.0))}
     base, plain, after = rows.values()
@@ -143,6 +147,7 @@ def test_a_way_is_measured_once_and_post_hoc_steering_moves_along_the_vector(ben
     assert base["capability"] == 100.0
     assert len(plain["by_question"]) == 2
     monkeypatch.setattr("analyses.treated._measure", lambda *_: pytest.fail("measured again"))
+    assert fingerprint(bench.model) == weights, "or a finetune that was killed could not go on in another process"
     again = measured(replace(bench), Way(PLAIN), amount, asked)
     assert again == plain
 
