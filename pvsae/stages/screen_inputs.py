@@ -20,7 +20,7 @@ from pvsae.errors import UserError
 from pvsae.parts import divisible, parts_of
 from pvsae.runs import RunDir, atomic_path
 from pvsae.screening.worker import DataSet, slug
-from pvsae.sources import Bad, Reader, Source, known_corpora
+from pvsae.sources import Bad, Reader, Source, source_of
 from pvsae.stages.inputs import check_blocks, chosen_block, read_vectors
 
 if TYPE_CHECKING:
@@ -122,15 +122,10 @@ def open_probes(
     return tuple(probes)
 
 
-def source_of(text: str, max_rows: int | None, field: str | None) -> Source:
-    """A corpus of an installed package (NAME or NAME:WHICH), a file or pattern, or a dataset's name."""
-    if text.partition(":")[0] in known_corpora() and not Path(text).exists():
-        return Source(named=text, kind="chat", field=field, max_samples=max_rows or NAMED_ROWS)
-    path = Path(text).expanduser()
-    looks_like_a_path = path.suffix or any(c in text for c in "*?[") or text.startswith((".", "/", "~")) or text.count("/") != 1
-    if path.exists() or looks_like_a_path:
-        return Source(path=str(path), kind="chat", field=field, max_samples=max_rows)
-    return Source(dataset=text, kind="chat", field=field, max_samples=max_rows)
+def chats_of(text: str, max_rows: int | None, field: str | None) -> Source:
+    """The chats that a word stands for (see `sources.source_of`); of a corpus that may have no end, the first NAMED_ROWS."""
+    found = replace(source_of(text, max_rows), kind="chat", field=field)
+    return found if found.named is None or max_rows is not None else replace(found, max_samples=NAMED_ROWS)
 
 
 def name_sources(data: Sequence[str | Source], max_rows: int | None = None, field: str | None = None) -> list[tuple[str, Source]]:
@@ -144,7 +139,7 @@ def name_sources(data: Sequence[str | Source], max_rows: int | None = None, fiel
         else:
             before, equals, after = given.partition("=")
             named = bool(equals) and "/" not in before and not Path(given).exists()
-            source = source_of(after if named else given, max_rows, field)
+            source = chats_of(after if named else given, max_rows, field)
             stem = Path(source.path).name.removesuffix(".gz").rpartition(".")[0] if source.path else ""
             name = before if named else stem or source.name
         source.check()
