@@ -65,6 +65,7 @@ def same_run(here: finetune.FinetuneResult, there: finetune.FinetuneResult) -> N
     assert not (here.path / ".parts" / "adapter").exists()
 
 
+@pytest.mark.slow  # processes of its own; the quick tests stop the same training inside of one
 def test_a_training_killed_on_the_way_ends_with_the_same_bits(tmp_path, started) -> None:
     broken = tmp_path / "broken"
     config, start = started(broken, max_steps=20, save_every=6)

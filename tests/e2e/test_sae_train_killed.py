@@ -58,6 +58,7 @@ def steps(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
+@pytest.mark.slow  # processes of its own; the quick tests stop the same training inside of one
 def test_a_training_killed_on_the_way_ends_with_the_same_bits(start, tmp_path, monkeypatch) -> None:
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "stderr.txt"
     monkeypatch.setenv("PVSAE_CACHE", str(tmp_path / "cache"))
