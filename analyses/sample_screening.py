@@ -50,7 +50,7 @@ from pvsae.organism.families import INTENTIONAL
 from pvsae.reports.figures import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED
 from pvsae.runs import RunDir, atomic_path
 from pvsae.sources import Source, source_of
-from pvsae.stages import ScreenConfig, screen
+from pvsae.stages import ScreenConfig, screen, screened_rows
 from pvsae.stages.differences import Columns, approximation_row, subset_mean, subset_rows
 from pvsae.stages.inputs import check_blocks, chosen_block
 
@@ -176,7 +176,7 @@ def screened(prepared: Prepared, data: Sequence[Mix], n_random: int, base: str, 
     )
     found = screen.run(config, folder / f"screen-{base}", model=prepared.model)
     for one, file in zip(data, found.rows.values(), strict=True):
-        there = len(screen.read_rows(file, ["row"]))
+        there = len(screened_rows.read_rows(file, ["row"]))
         if there != len(one.bears):
             raise UserError(f"{there} screened rows of {one.source.name}, and truth of {len(one.bears)}", "one a row")
     return found
@@ -211,7 +211,7 @@ def rankings(prepared: Prepared, data: Sequence[Mix], found: screen.ScreenResult
         for probe in found.probes:
             if probe.block != prepared.blocks[one.trait]:
                 continue
-            columns = screen.read_columns(file, probe)
+            columns = screened_rows.read_columns(file, probe)
             for value, scores in {"dp": columns.exact, "prompt_last": columns.by_prompt, "proj": columns.proj}.items():
                 out.append(
                     {
@@ -227,7 +227,7 @@ def own_columns(prepared: Prepared, data: Sequence[Mix], found: screen.ScreenRes
     """What is known of the rows of each mix along its own trait's vector."""
     probes = {(probe.name, probe.block): probe for probe in found.probes}
     return [
-        screen.read_columns(file, probes[one.trait, prepared.blocks[one.trait]])
+        screened_rows.read_columns(file, probes[one.trait, prepared.blocks[one.trait]])
         for one, file in zip(data, found.rows.values(), strict=True)
     ]
 

@@ -85,8 +85,8 @@ class Asked:
         samples: answers to each evaluation question.
         choice: answers to each of the questions that the vectors were made from; 0 for none.
         questions: how many of either kind; None for all.
-        able: whether capability is tested; limit: questions of a task, None for all.
-        held_out: rows of the data behind those that are trained on.
+        able: whether capability is tested.
+        limit: questions of a task; None for all.
     """
 
     samples: int

@@ -30,8 +30,9 @@ from pvsae.screening.worker import slug
 from pvsae.sources import Bad, Reader, content_key
 from pvsae.stages import screen, selections
 from pvsae.stages.inputs import open_model, open_run
-from pvsae.stages.screen import ScreenConfig, ScreenResult, read_columns, read_rows
+from pvsae.stages.screen import ScreenConfig, ScreenResult
 from pvsae.stages.screen_inputs import name_sources, open_probes, open_vector_files
+from pvsae.stages.screened_rows import read_columns, read_rows
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel

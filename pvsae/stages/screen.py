@@ -10,7 +10,6 @@ never in memory: a shard at a time is read, and of all rows only numbers are kep
 from __future__ import annotations
 
 import shutil
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from pvsae.screening.rows import OK, STATUSES
 from pvsae.sources import Source
 from pvsae.stages import differences, selections
 from pvsae.stages.costs import costs, ledger_of
-from pvsae.stages.differences import Columns
 from pvsae.stages.inputs import Setup, folder_of, open_judge, open_model, open_run, pin, trait_library
 from pvsae.stages.screen_inputs import count_rows, name_sources, open_data, open_probes, open_vector_files, with_subset
+from pvsae.stages.screened_rows import read_columns, read_rows, shared_edges, status_counts, token_counts
 from pvsae.vectors.persona import DEFAULT_STATISTIC
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ BASES = ("all", "subset", "none")
 ENGINES = ("here", "ray")
 _HOW = frozenset({"batch_tokens", "answers", "engine", "workers", "ray_address"})  # how fast and where, not what comes out
 _AFTER = frozenset({"select", "filter_scores", "filter_judge", "filter_above"})  # made anew of the finished rows at every start
-_BINS, _EXAMPLES = 60, 3
-_SHOWN_BAD = 1000  # unusable rows listed in a table; all of them are counted, and stand in the rows' files
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,19 +374,6 @@ def _select(
 
 
 # ------------------------------------------------------------------------------------------------------------- report
-def read_rows(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Columns of a data set's file of rows."""
-    return pd.read_parquet(path, columns=None if columns is None else list(columns))
-
-
-def read_columns(path: Path, probe: Probe, model: str | None = None) -> Columns:
-    """What a file of rows holds of one probe."""
-    names = [probe.column(q, model) for q in ("proj", "base_proj", "prompt_last_proj")]
-    table = read_rows(path, [*names, "prompt"])
-    proj, base, last = (table[name].to_numpy(dtype=np.float64) for name in names)
-    return Columns(proj, base, last, table["prompt"].to_numpy())
-
-
 def _report(
     config: ScreenConfig,
     folder: RunDir,
@@ -406,7 +391,7 @@ def _report(
     examples = []
     for probe in job.probes:
         columns = {name: read_columns(path, probe, official) for name, path in files.items()}
-        edges = _edges([c.of(config.base) for c in columns.values()])
+        edges = shared_edges([c.of(config.base) for c in columns.values()])
         for data in job.data:
             name, some = data.name, columns[data.name]
             scores = some.of(config.base)
@@ -423,8 +408,8 @@ def _report(
                 rows["selections"] += _select(config, folder, data, probe, scores, filters.get(name, (None, 0))[0])
             examples += _examples(data, probe, scores)
     tables = {name: pd.DataFrame(some) for name, some in rows.items()}
-    counts, bad = _counts(files, job)
-    tables |= {"counts": counts, "unusable": bad, "tokens": _tokens(files)}
+    counts, bad = status_counts(files, job.data)
+    tables |= {"counts": counts, "unusable": bad, "tokens": token_counts(files)}
     for name, table in tables.items():
         if len(table):
             folder.table(name, table)
@@ -445,57 +430,6 @@ def _examples(data: DataSet, probe: Probe, scores: np.ndarray) -> list[dict[str,
         for kind in ("top", "bottom")
         for row in chosen[kind]
     ]
-
-
-def _edges(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Bins that all data sets share."""
-    together = np.concatenate([v[np.isfinite(v)] for v in values])
-    if not together.size:
-        return np.linspace(-1.0, 1.0, _BINS + 1)
-    low, high = float(together.min()), float(together.max())
-    return np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
-
-
-def _counts(files: dict[str, Path], job: Job) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows by status, and a list of those that cannot be used, by file and line."""
-    counts, bad = [], []
-    for data in job.data:
-        name, path = data.name, files[data.name]
-        table = read_rows(path, ["row", "line", "status", "reason", "n_cut", "n_base"])
-        found = table["status"].value_counts()
-        usable = table[table["status"] == OK]
-        counts.append(
-            {
-                "data": name, "rows": len(table), **{status: int(found.get(status, 0)) for status in STATUSES},
-                "cut": int((usable["n_cut"] > 0).sum()),
-                "no base answer": int((usable["n_base"] == 0).sum()),
-            }
-        )  # fmt: skip
-        some = table[table["status"] != OK].head(_SHOWN_BAD)
-        begins = [part.row for part in data.parts]
-        where = [data.parts[bisect_right(begins, row) - 1].file for row in some["row"]]
-        bad.append(some[["line", "status", "reason"]].assign(data=name, file=where))
-    return pd.DataFrame(counts), pd.concat(bad, ignore_index=True)[["data", "file", "line", "status", "reason"]]
-
-
-def _tokens(files: dict[str, Path]) -> pd.DataFrame:
-    """Tokens that the exact value and the last-prompt-token approximation take, whatever was in the cache before."""
-    out = []
-    for name, path in files.items():
-        table = read_rows(path, ["prompt", "n_prompt", "n_answer", "base_tokens", "status"])
-        table = table[table["status"] == OK]
-        own = int((table["n_prompt"] + table["n_answer"]).sum())
-        based = table[table["base_tokens"].notna()]
-        again = int((based["n_prompt"] + based["base_tokens"]).sum())
-        once = based.drop_duplicates("prompt")
-        generated, prompts = int(once["base_tokens"].sum()), int(once["n_prompt"].sum())
-        out.append(
-            {
-                "data": name, "read_own": own, "read_base": again, "prompts_of_base": prompts, "generated": generated,
-                "saved_by_prompt_last": 1 - own / max(1, own + again + prompts + generated),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(out)
 
 
 def _dp(row: Mapping[Any, Any]) -> str:

@@ -20,7 +20,7 @@ import torch
 from pvsae.errors import UserError
 from pvsae.screening import ray_cluster
 from pvsae.stages import ScreenConfig, screen
-from pvsae.stages.screen import read_rows
+from pvsae.stages.screened_rows import read_rows
 from pvsae.vectors import PersonaVectors
 
 from .chats import chats, write_jsonl

@@ -14,7 +14,7 @@ from pvsae.reports.gate import as_text, github_lines, write_junit
 from pvsae.runs import read_json
 from pvsae.stages import GateConfig, gate, screen
 from pvsae.stages.gate import quantile_of
-from pvsae.stages.screen import read_rows
+from pvsae.stages.screened_rows import read_rows
 from pvsae.vectors import PersonaVectors
 from tests.screening.chats import chat, chats, write_jsonl
 

@@ -14,7 +14,7 @@ import torch
 from pvsae.errors import UserError
 from pvsae.screening import worker
 from pvsae.stages import ScreenConfig, screen
-from pvsae.stages.screen import read_rows
+from pvsae.stages.screened_rows import read_rows
 from pvsae.vectors import PersonaVectors
 from tests.screening.chats import chats, plainly, write_jsonl
 
