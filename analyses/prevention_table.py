@@ -108,13 +108,13 @@ def checks_of(comparison: pd.DataFrame) -> list[dict[str, Any]]:
     checks = []
     for row in comparison.to_dict("records"):
         trait = row["trait"]
-        gain = max(row["capability_gain"], row["coherence_gain"])
+        gain = max(row["capability_gain"], row["gain_low"])  # coherence counts where its whole interval is a gain
         checks += [
             check(f"{trait}: after plain finetuning", row["plain"], f">= {RAISED:g}"),
             check(f"{trait}: share of it that the best preventative setting leaves", row["left"], f"<= {THIRD:.4f}"),
             check(f"{trait}: its capability minus plain finetuning's", row["capability"], f">= {-ABLE:g}"),
             check(f"{trait}: its coherence minus plain finetuning's", row["coherence"], f">= {-COHERENT:g}"),
-            check(f"{trait}: its gain over post-hoc steering at equal trait, capability or coherence", gain, "> 0"),
+            check(f"{trait}: its gain over post-hoc steering at equal trait: capability, or the least of coherence", gain, "> 0"),
         ]
     return checks
 

@@ -73,7 +73,7 @@ def test_the_comparison_takes_the_best_of_post_hoc_steering_on_each_number() -> 
     checks = {c["name"]: c["ok"] for c in prevention_table.checks_of(pd.DataFrame([found]))}
     assert len(checks) == 5
     assert all(checks.values())
-    worse = pd.DataFrame([{**found, "left": 0.4, "capability": -2.1, "coherence": -6.0, "coherence_gain": 0.0}])
+    worse = pd.DataFrame([{**found, "left": 0.4, "capability": -2.1, "coherence": -6.0, "coherence_gain": 5.0, "gain_low": -0.5}])
     assert [c["ok"] for c in prevention_table.checks_of(worse)] == [True, False, False, False, False]
 
 
