@@ -19,6 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 INSTALLED := $(VENV)/.stamp-installed
 # Nothing here needs the network once it is installed; these make sure that nothing tries, or waits for it.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 MPLBACKEND=Agg
+# A test process a core, whole files each, since fixtures are made once a file; more than four want more memory than laptops have.
+# Slow tests measure, kill and start clusters: they run alone.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow lint install clean
 
@@ -26,7 +29,7 @@ demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/pvsae demo --out $(OUT)
 
 test: $(INSTALLED)
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" --durations=10
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(PARALLEL) --durations=10
 
 test-slow: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python -m pytest --durations=20

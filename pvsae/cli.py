@@ -421,6 +421,10 @@ def build_parser() -> argparse.ArgumentParser:
     capability.add_parser(commands, add, _stage("capability", "CapabilityConfig", lambda result: result.shown))
     drift.add_parser(commands, add, _stage("drift", "DriftConfig", lambda result: result.shown), _add_setup)
 
+    from pvsae.commands import specific
+
+    specific.add_parser(commands, add)
+
     from pvsae.commands import gate, screen
 
     screen.add_parser(commands, add, _stage("screen", "ScreenConfig", screen.shown), _add_setup)

@@ -10,6 +10,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each, in what they start too: two pools of threads on the same cores fight
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

@@ -24,7 +24,8 @@ from tests.saes.corpora import write_texts
 
 COMMANDS = [
     "demo", "traits list", "traits show", "traits author", "extract", "layers", "steer", "monitor", "decompose", "report",
-    "finetune", "capability", "drift", "screen", "sae train", "sae eval", "sae list", "sae features", "chat", "data",
+    "finetune", "capability", "drift", "screen", "gate", "specific", "sae train", "sae eval", "sae list", "sae features", "chat",
+    "data",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pvsae.vectors.persona import STATISTICS, PersonaVectors
     from pvsae.vectors.reference import reference_hidden_state_means
     from pvsae.vectors.rollouts import Rollouts, generate_rollouts, judge_rollouts
+    from pvsae.vectors.specificity import specific
 
 _HOME = {
     "EmptyFilter": "extraction",
@@ -34,6 +35,7 @@ _HOME = {
     "write_gguf": "formats",
     "LayerChoice": "layers",
     "choose_layer": "layers",
+    "specific": "specificity",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "read_official",
     "read_official_set",
     "reference_hidden_state_means",
+    "specific",
     "write_gguf",
     "write_official",
 ]
