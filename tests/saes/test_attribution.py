@@ -53,6 +53,7 @@ def loss_without(model, sae, row, latent: int, share: float) -> float:
 
 def test_an_effect_is_the_slope_of_the_loss_as_the_latent_is_silenced(tiny_models, sae, rows) -> None:
     model = tiny_models("qwen2")
+    model.hf.zero_grad(set_to_none=True)  # other tests share the model
     found = effects(model, sae, BLOCK, rows, range(len(rows)), batch_tokens=64)
     share = 1e-3
     for i, row in enumerate(rows):
