@@ -285,7 +285,7 @@ def main() -> None:
     options.add_argument("--samples", type=int, help=f"answers to each held-out question (default: {FULL.samples})")
     args = options.parse_args()
     job = prepared(args)
-    there = [p.parent.parent.name for p in sorted(job.stored.glob("*/vectors/vectors.safetensors"))]
+    there = stored_traits(job.stored)
     traits = args.traits or [t for t in TRAITS if t in there] or there
     activity, truth = job.activity(), job.truth()
     parts = [one(job, trait, activity, truth) for trait in tqdm(traits, desc="traits")]

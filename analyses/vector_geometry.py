@@ -109,7 +109,7 @@ def main() -> None:
     args = options.parse_args()
     model = load(args.model)
     out, stored = vectors_of(args, model)
-    traits = args.traits or sorted(p.parent.parent.name for p in stored.glob("*/vectors/vectors.safetensors"))
+    traits = known_traits(args.traits, stored)
     sae = dictionary(args.dictionary, args.model, model, out / "geometry").check_model(model)
     tables = {space: cosines(found) for space, found in representations(sae, model, stored, traits).items()}
     folder = out / "vector_geometry"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -178,25 +178,13 @@ def _fitted(row: Row, max_length: int, too_long: str, counts: Counts) -> Row | N
         counts.leave_out(LONG, row.number)
         return None
     if long:
-        row = Row(clipped(row.rendered, max_length), _clipped_spans(row.learnt, max_length), row.number)
+        row = Row(row.rendered.clipped(max_length), _clipped_spans(row.learnt, max_length), row.number)
     if row.n_learnt == 0:
         counts.leave_out(CUT_AWAY if long else NO_ANSWER, row.number)
         return None
     if long:
         counts.changed[TRUNCATED] += 1
     return row
-
-
-def clipped(rendered: Rendered, length: int) -> Rendered:
-    """The first `length` tokens of a chat, with its spans cut there. Its text is left as it was."""
-    start, end = rendered.answer
-    return replace(
-        rendered,
-        ids=rendered.ids[:length],
-        n_prompt=min(rendered.n_prompt, length),
-        answer=(min(start, length), min(end, length)),
-        spans=tuple((role, min(first, length), min(last, length)) for role, first, last in rendered.spans),
-    )
 
 
 def _clipped_spans(spans: Sequence[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:

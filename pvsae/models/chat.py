@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -79,6 +79,19 @@ class Rendered:
             if role == name:
                 return start, end
         return 0, 0
+
+    def clipped(self, length: int) -> Rendered:
+        """The first `length` tokens, with all spans cut there; itself where it is no longer. The text is left as it was."""
+        if len(self.ids) <= length:
+            return self
+        start, end = self.answer
+        return replace(
+            self,
+            ids=self.ids[:length],
+            n_prompt=min(self.n_prompt, length),
+            answer=(min(start, length), min(end, length)),
+            spans=tuple((role, min(first, length), min(last, length)) for role, first, last in self.spans),
+        )
 
 
 def split_thinking(text: str, opened: bool = False) -> tuple[int, int, str | None]:

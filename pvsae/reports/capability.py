@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pvsae.reports.figures import CYCLE, GREY, INK, _figure, _names, _title
+from pvsae.stages.statistics import Z
 
 MAX_PANELS = 6
 
@@ -58,5 +59,5 @@ def _curves(ax: Axes, part: pd.DataFrame, plain: pd.DataFrame) -> None:
 
 def _point(ax: Axes, plain: pd.DataFrame, colour: str, label: str) -> None:
     for row in plain.itertuples():
-        error = None if pd.isna(row.stderr) else 1.96 * float(row.stderr)
+        error = None if pd.isna(row.stderr) else Z * float(row.stderr)
         ax.errorbar([0.0], [row.value], yerr=error, color=colour, marker="s", ms=5, capsize=3, label=label)

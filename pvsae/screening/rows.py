@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,10 +86,4 @@ def _ready(chat: ChatTemplate, messages: Sequence[dict[str, str]], rendered: Ren
         return Prepared(PROMPT_TOO_LONG, f"a prompt of {prompt.n_prompt} tokens, and {longest} fit")
     key = hashlib.sha256(np.asarray(prompt.ids, dtype="<i4").tobytes()).hexdigest()[:32]
     cut = max(0, end - longest)
-    if len(rendered.ids) > longest:
-        rendered = replace(rendered, ids=rendered.ids[:longest], answer=(start, min(end, longest)), spans=_cut(rendered, longest))
-    return Prepared(OK, "", rendered, prompt, key, cut)
-
-
-def _cut(row: Rendered, longest: int) -> tuple[tuple[str, int, int], ...]:
-    return tuple((role, min(start, longest), min(end, longest)) for role, start, end in row.spans)
+    return Prepared(OK, "", rendered.clipped(longest), prompt, key, cut)

@@ -29,6 +29,7 @@ from pvsae.stages.inputs import (
     check_blocks,
     chosen_block,
     folder_of,
+    known_traits,
     open_model,
     open_run,
     open_traits,
@@ -265,16 +266,8 @@ def _read(config: CapabilityConfig) -> dict[str, PersonaVectors]:
     """Vectors by trait: of the traits of the config, else of all that are there. UserError as `read_vectors`."""
     if not config.vectors:
         return {}
-    place = Path(config.vectors)
-    there = sorted(file.parent.parent.name for file in place.glob("*/vectors/vectors.safetensors")) if place.is_dir() else []
-    if place.is_file() and not config.traits:
-        from pvsae.vectors import read_official
-
-        there = [(read_official(place) if place.suffix == ".pt" else PersonaVectors.load(place)).trait]
-    names = config.traits or tuple(there)
-    if not names:
-        raise UserError(f"no vectors at {place}", "the run folder of `pvsae extract`, or a vector file", "check the path")
-    return {name: read_vectors(place, name, config.statistic) for name in names}
+    names = known_traits(config.traits, config.vectors)
+    return {name: read_vectors(config.vectors, name, config.statistic) for name in names}
 
 
 def _vectors(config: CapabilityConfig, model: ChatModel) -> dict[str, PersonaVectors]:

@@ -25,11 +25,11 @@ import numpy as np
 import pandas as pd
 
 from pvsae.errors import UserError
+from pvsae.stages.statistics import Z
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-Z95 = 1.959964  # half-width of a 95% interval in standard errors
 _FILES = (".yaml", ".yml")
 
 
@@ -181,7 +181,7 @@ def change(now: Evaluated, before: Evaluated) -> pd.DataFrame:
             continue
         values, variances, sizes = (np.array(column, dtype=float) for column in zip(*known, strict=True))
         weights = _weights(sizes, str(row.weighting))
-        middle, half = float(weights @ values), Z95 * math.sqrt(float(weights**2 @ variances))
+        middle, half = float(weights @ values), Z * math.sqrt(float(weights**2 @ variances))
         out.append((middle, middle - half, middle + half))
     columns = pd.DataFrame(out, columns=["change", "change_low", "change_high"])
     return pd.concat([now.rows.reset_index(drop=True), columns], axis=1)

@@ -3,7 +3,7 @@
 Knows: the columns that a screening writes. Does not know: models, files, how a projection came about.
 
 dP = mean over rows of [a(x, y) - a(x, y')] . v^ (paper, section on data screening). Rows that share a prompt share the base
-answer y', so intervals are those of a mean over clusters: 1.96 standard errors, the clusters being prompts.
+answer y', so prompts are the clusters of every interval (statistics.clustered_mean).
 """
 
 from __future__ import annotations
@@ -13,37 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from pvsae.stages.statistics import Estimate, pearson
+from pvsae.stages.statistics import Estimate, Z, clustered_error, clustered_mean, pearson, rank_correlation
 
-Z = 1.959964  # 95%
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 DRAWS = 200
-
-
-def clustered_mean(values: NDArray[np.float64], clusters: NDArray[Any]) -> Estimate:
-    """Mean of the finite `values` [rows] with a 95% interval whose units are `clusters` [rows]."""
-    good = np.isfinite(values)
-    x, n = values[good].astype(np.float64), int(good.sum())
-    if n == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0, int(values.size))
-    mean = float(x.mean())
-    codes, _ = pd.factorize(clusters[good])
-    groups = int(codes.max()) + 1
-    if groups < 2:
-        return Estimate(mean, float("nan"), float("nan"), n, int(values.size) - n)
-    sums = np.bincount(codes, weights=x - mean)
-    error = float(np.sqrt((sums @ sums) * groups / (groups - 1)) / n)
-    return Estimate(mean, mean - Z * error, mean + Z * error, n, int(values.size) - n)
-
-
-def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Spearman's correlation over the rows where both are finite."""
-    good = np.isfinite(x) & np.isfinite(y)
-    a, b = (pd.Series(v[good]).rank().to_numpy(dtype=np.float64) for v in (x, y))
-    return pearson(a, b)
 
 
 def student(freedom: int) -> float:
@@ -118,12 +93,7 @@ def subset_mean(proj: NDArray[np.float64], base: NDArray[np.float64], prompts: N
         return Estimate(float("nan"), float("nan"), float("nan"), m, int(proj.size) - m)
     value = float(proj[rows].mean() - base[both].mean())
     influence = np.where(rows, (proj - proj[rows].mean()) / n, 0.0) - np.where(both, (base - base[both].mean()) / m, 0.0)
-    codes, _ = pd.factorize(prompts[rows])
-    groups = int(codes.max()) + 1
-    if groups < 2:
-        return Estimate(value, float("nan"), float("nan"), m, int(proj.size) - m)
-    sums = np.bincount(codes, weights=influence[rows])
-    error = float(np.sqrt((sums @ sums) * groups / (groups - 1)))
+    error = clustered_error(influence[rows], prompts[rows])
     return Estimate(value, value - Z * error, value + Z * error, m, int(proj.size) - m)
 
 

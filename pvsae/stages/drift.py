@@ -23,6 +23,7 @@ from pvsae.stages.inputs import (
     Setup,
     check_blocks,
     chosen_block,
+    known_traits,
     open_judge,
     open_run,
     open_traits,
@@ -160,7 +161,7 @@ def run(
 
 def plan(config: DriftConfig) -> Plan | str:
     """What a run would generate and judge; loads no model and asks nobody. UserError where options or vectors are wrong."""
-    traits = open_traits(replace(config, traits=_names(config)))
+    traits = open_traits(replace(config, traits=tuple(known_traits(config.traits, config.vectors))))
     for artifacts in traits:
         read_vectors(config.vectors, artifacts.name, config.statistic)
     if not config.answers:
@@ -208,24 +209,6 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _names(config: DriftConfig) -> tuple[str, ...]:
-    """The known traits: those of the config, else all that have vectors."""
-    if config.traits:
-        return config.traits
-    place = Path(config.vectors)
-    if place.is_dir():
-        found = tuple(sorted(file.parent.parent.name for file in place.glob("*/vectors/vectors.safetensors")))
-        if found:
-            return found
-    elif place.suffix == ".safetensors" and place.is_file():
-        return (PersonaVectors.load(place).trait,)
-    raise UserError(
-        f"no vectors at {place}",
-        "the run folder of `pvsae extract`, or a vector file",
-        "--vectors FOLDER, or --traits with a .pt",
-    )
-
-
 @dataclass(eq=False)
 class _Job:
     """A comparison: what both models give, and what it is held against.
@@ -242,7 +225,7 @@ class _Job:
     @classmethod
     def prepare(cls, config: DriftConfig, folder: RunDir, base: ChatModel, judge: Judge | None) -> _Job:
         """Everything that can be wrong but the tuned model shows here, while the options may still be put right."""
-        traits = open_traits(replace(config, traits=_names(config)), base)
+        traits = open_traits(replace(config, traits=tuple(known_traits(config.traits, config.vectors))), base)
         vectors = {t.name: read_vectors(config.vectors, t.name, config.statistic).check_model(base) for t in traits}
         given = check_blocks([] if config.block is None else [config.block], base)
         blocks = {t.name: vectors[t.name].check_block(*(given or [chosen_block(t.name, base, config.layers)])) for t in traits}

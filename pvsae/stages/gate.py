@@ -33,6 +33,7 @@ from pvsae.stages.inputs import open_model, open_run
 from pvsae.stages.screen import ScreenConfig, ScreenResult
 from pvsae.stages.screen_inputs import name_sources, open_probes, open_vector_files
 from pvsae.stages.screened_rows import read_columns, read_rows
+from pvsae.stages.statistics import Z
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -336,7 +337,7 @@ def _calibrated(
 
 
 def quantile_of(values: np.ndarray, q: float) -> dict[str, Any]:
-    """A quantile of rows, with the 95% interval that their order gives (ranks n q -/+ 1.96 sqrt(n q (1 - q))).
+    """A quantile of rows, with the 95% interval that their order gives (ranks n q -/+ Z sqrt(n q (1 - q))).
 
     Raises: UserError without values.
     """
@@ -344,7 +345,7 @@ def quantile_of(values: np.ndarray, q: float) -> dict[str, Any]:
     if n == 0:
         raise UserError("no row of the normal data has a dP", "normal data with usable rows")
     ordered = np.sort(values)
-    half = 1.96 * math.sqrt(n * q * (1 - q))
+    half = Z * math.sqrt(n * q * (1 - q))
     low, high = (ordered[min(n - 1, max(0, round(n * q + side * half) - 1))] for side in (-1, 1))
     return {
         "max_dp": float(np.quantile(ordered, q)), "low": float(low), "high": float(high), "highest": float(ordered[-1]), "n": n,

@@ -193,46 +193,60 @@ def read_vectors(path: str | Path, trait: str, statistic: str) -> PersonaVectors
     Raises:
         UserError: nothing there, another trait, or no such statistic.
     """
-    from pvsae.vectors import PersonaVectors, read_official
-
     path = Path(path)
-    if path.suffix == ".pt":
-        found = read_official(path)
-    elif path.suffix == ".safetensors":
-        found = PersonaVectors.load(path)
-    elif path.is_dir():
-        file = path / trait / "vectors" / "vectors.safetensors"
+    if path.is_dir():
+        file = _file_of(path, trait)
         if not file.is_file():
-            known = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+            known = stored_traits(path)
             raise UserError(
                 f"no vectors of {trait!r} in {path}",
                 f"one of {', '.join(known)}" if known else "the run folder of `pvsae extract`",
                 f"pvsae extract --traits {trait} --out ...",
             )
-        found = PersonaVectors.load(file)
+        found = read_vector_file(file)
     else:
-        raise UserError(
-            f"no vectors at {path}", "the run folder of `pvsae extract`, a .safetensors or an official .pt file", "check the path"
-        )
+        found = read_vector_file(path)
     if found.trait != trait:
         raise UserError(f"{path} holds vectors of {found.trait!r}", f"vectors of {trait!r}", f"--traits {found.trait}")
     found.of(statistic)
     return found
 
 
+def read_vector_file(path: Path) -> PersonaVectors:
+    """What a file of vectors holds, a .safetensors file or an official .pt one. UserError where it is neither, or broken."""
+    from pvsae.vectors import PersonaVectors, read_official
+
+    if path.suffix == ".pt":
+        return read_official(path)
+    if path.suffix == ".safetensors":
+        return PersonaVectors.load(path)
+    raise UserError(
+        f"no vectors at {path}", "the run folder of `pvsae extract`, a .safetensors or an official .pt file", "check the path"
+    )
+
+
 def stored_traits(path: str | Path) -> list[str]:
     """The traits whose vectors are at a path: of a run folder of `pvsae extract` those that it holds, of a file its own.
 
-    Raises: UserError for a file that is none of vectors; [] for a folder without any, and where nothing is.
+    Raises: UserError for a file that is none of vectors; [] for a folder without any.
     """
-    from pvsae.vectors import PersonaVectors, read_official
-
     path = Path(path)
-    if path.suffix == ".pt":
-        return [read_official(path).trait]
-    if path.suffix == ".safetensors":
-        return [PersonaVectors.load(path).trait]
-    return sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+    if path.is_dir():
+        return sorted(file.parent.parent.name for file in path.glob(str(_file_of(Path(), "*"))))
+    return [read_vector_file(path).trait]
+
+
+def known_traits(names: Sequence[str], path: str | Path) -> list[str]:
+    """The given names, else all traits whose vectors are at a path. UserError where there are none."""
+    found = list(names) or stored_traits(path)
+    if not found:
+        raise UserError(f"no vectors in {path}", "the run folder of `pvsae extract`, or a vector file", "check the path")
+    return found
+
+
+def _file_of(folder: Path, trait: str) -> Path:
+    """Where `pvsae extract` keeps a trait's vectors."""
+    return folder / trait / "vectors" / "vectors.safetensors"
 
 
 def chosen_block(trait: str, model: ChatModel, layers: str | Path | None) -> int:

@@ -182,12 +182,12 @@ def find_source(
     Raises: UserError for nothing there, a trait that is not there, no such statistic, others of another shape or given twice,
         rollouts that hold no answers of any of the traits.
     """
-    from pvsae.stages.inputs import read_vectors
-    from pvsae.vectors import PersonaVectors, read_official
+    from pvsae.stages.inputs import read_vector_file, read_vectors, stored_traits
+    from pvsae.vectors import read_official
 
     path, notes = Path(path), list[str]()
     if path.is_dir():
-        names = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+        names = stored_traits(path)
         wanted = [Path(t).stem if t.endswith(".json") else t.rpartition("/")[2] for t in traits] or names
         if not wanted:
             raise UserError(f"no vectors in {path}", "the run folder of `pvsae extract`", "extract vectors first")
@@ -200,19 +200,16 @@ def find_source(
         if path.suffix == ".pt":
             one = read_official(path, traits[0] if traits else None)
             one.of(statistic)
-        elif path.suffix == ".safetensors" and path.is_file():
-            stored = PersonaVectors.load(path)
-            one = read_vectors(path, traits[0] if traits else stored.trait, statistic)
         else:
-            one = read_vectors(path, traits[0] if traits else "", statistic)  # says what is wrong with the path
+            (name,) = traits or stored_traits(path)
+            one = read_vectors(path, name, statistic)
         vectors = {one.trait: one}
         known = dict(vectors)
         if path.suffix == ".pt":
             notes = _add_relatives(known, path, statistic)
         answers = None
     for name in others:
-        file = Path(name)
-        other = read_official(file) if file.suffix == ".pt" else PersonaVectors.load(file)
+        other = read_vector_file(Path(name))
         other.of(statistic)
         label = other.trait if other.trait not in known else f"{other.trait} ({name})"
         if label in known:

@@ -21,7 +21,7 @@ from pvsae.parts import divisible, parts_of
 from pvsae.runs import RunDir, atomic_path
 from pvsae.screening.worker import DataSet, slug
 from pvsae.sources import Bad, Reader, Source, source_of
-from pvsae.stages.inputs import check_blocks, chosen_block, read_vectors
+from pvsae.stages.inputs import check_blocks, chosen_block, read_vector_file, read_vectors, stored_traits
 
 if TYPE_CHECKING:
     from pvsae.models import ChatModel
@@ -44,13 +44,13 @@ def open_vector_files(paths: Sequence[str], traits: Sequence[str], statistic: st
     for given, home in zip(paths, _homes(paths), strict=True):
         path = Path(given)
         if path.is_dir():
-            there = sorted(p.parent.parent.name for p in path.glob("*/vectors/vectors.safetensors"))
+            there = stored_traits(path)
             wanted = [t for t in traits if t in there] if traits else there
             if not there:
                 read_vectors(path, traits[0] if traits else "any trait", statistic)  # says what is wrong with it
             found += [(home, t, f"{t}_{statistic}", read_vectors(path, t, statistic)) for t in wanted]
         else:
-            vectors = _of_file(path)
+            vectors = read_vector_file(path)
             if not traits or vectors.trait in traits:
                 own = statistic if statistic in vectors.statistics or len(vectors.statistics) > 1 else vectors.statistics[0]
                 vectors.of(own)
@@ -92,16 +92,6 @@ def _homes(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names) and all(names):
             return names
     return [f"{i + 1}-{one[-1]}" for i, one in enumerate(parts)]  # a.pt beside a.safetensors: only the suffix differs
-
-
-def _of_file(path: Path) -> PersonaVectors:
-    from pvsae.vectors import PersonaVectors, read_official
-
-    if path.suffix == ".pt":
-        return read_official(path)
-    if path.suffix == ".safetensors":
-        return PersonaVectors.load(path)
-    raise UserError(f"no vectors at {path}", "the run folder of `pvsae extract`, a .safetensors or an official .pt file")
 
 
 def open_probes(

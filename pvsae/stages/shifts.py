@@ -23,6 +23,21 @@ from pvsae.stages.statistics import means_ci
 N_NULL = 1000
 
 
+def shifts(moved: Float[Tensor, "rows d_model"], directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "rows k"]:
+    """How far each row moved along each direction, in residual units and fp64; the shift of a finetuning is its mean over rows.
+
+    Args:
+        moved: tuned minus base.
+        directions: of any length; along one of length 0 nothing moved.
+    """
+    return moved.double() @ _units(directions).T
+
+
+def _units(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
+    found = directions.double()
+    return found / found.norm(dim=1, keepdim=True).clamp_min(1e-300)
+
+
 def shift_table(
     moved: Float[Tensor, "rows n_blocks d_model"],
     base: Float[Tensor, "prompts n_blocks d_model"],
@@ -58,9 +73,9 @@ def shift_table(
         known = {trait: matrix[block].double() for trait, matrix in vectors.items() if float(matrix[block].norm())}
         if not known or not len(x):
             continue
-        units = torch.stack([v / v.norm() for v in known.values()])
-        mean = x[:, block].mean(0)
-        values, lows, highs = means_ci((x[:, block] @ units.T).numpy(), labels, seed=seed)
+        directions = torch.stack(list(known.values()))
+        units, mean = _units(directions), x[:, block].mean(0)
+        values, lows, highs = means_ci(shifts(x[:, block], directions).numpy(), labels, seed=seed)
         joint = torch.linalg.lstsq(units.T, mean[:, None]).solution[:, 0]
         fitted, length = units.T @ joint, float(mean.norm())
         centred = (base[:, block] - base[:, block].mean(0)).double()
@@ -80,6 +95,5 @@ def shift_table(
 
 
 def _along(mean: Float[Tensor, " d_model"], directions: Float[Tensor, "draws d_model"]) -> np.ndarray:
-    """|projection| of the mean move on each direction, whatever their lengths; a direction of length 0 counts as 0."""
-    norms = directions.norm(dim=1)
-    return torch.where(norms > 0, (directions @ mean).abs() / norms.clamp_min(1e-300), 0.0).numpy()
+    """|shift| of the mean move along each direction."""
+    return shifts(mean[None], directions)[0].abs().numpy()

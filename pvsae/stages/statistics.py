@@ -2,19 +2,24 @@
 
 Knows: numpy arrays and groups of rows. Does not know: models, traits, files.
 
-Rows that answer the same question are not independent, so every interval here resamples whole questions (a cluster
-bootstrap); a missing score (NaN) leaves a mean only through `mean_ci`, which counts it.
+Rows that answer the same question are not independent, so the unit of every interval is a whole group of rows. Two ways lead to
+one. `mean_ci` resamples groups: for scores, of which there are tens and many stand at an end of the scale. `clustered_mean` takes
+Z standard errors of the sums of groups: for the rows of a data set, of which there may be millions. A missing value (NaN) leaves
+a mean only through one of these, which count it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 N_BOOT = 1000
+Z = 1.959964  # half of a 95% interval, in standard errors of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,28 @@ def means_ci(
     return mean, low, high
 
 
+def clustered_mean(values: NDArray[np.float64], clusters: NDArray[Any]) -> Estimate:
+    """Mean of the finite `values` [rows] with a 95% interval whose units are `clusters` [rows]."""
+    good = np.isfinite(values)
+    x, n = values[good].astype(np.float64), int(good.sum())
+    if n == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0, int(values.size))
+    mean = float(x.mean())
+    error = clustered_error(x - mean, clusters[good]) / n
+    return Estimate(mean, mean - Z * error, mean + Z * error, n, int(values.size) - n)
+
+
+def clustered_error(parts: NDArray[np.float64], clusters: NDArray[Any]) -> float:
+    """Standard error of a sum of `parts` [rows] that are 0 in the mean, where rows of a cluster [rows] move together: the root of
+    the sum of the G clusters' squared sums, times G / (G - 1). NaN for one cluster."""
+    codes, _ = pd.factorize(clusters)
+    groups = int(codes.max()) + 1
+    if groups < 2:
+        return float("nan")
+    sums = np.bincount(codes, weights=parts)
+    return float(np.sqrt((sums @ sums) * groups / (groups - 1)))
+
+
 def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Pearson's r of two columns [rows]; NaN where it is not defined (fewer than three rows, or a constant column)."""
     if x.size < 3:
@@ -104,6 +131,14 @@ def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     if scale <= 1e-12 * x.size * max(1.0, float(np.abs(x).max()) * float(np.abs(y).max())):
         return float("nan")
     return float(np.clip(a @ b / scale, -1.0, 1.0))
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's correlation of two columns [rows] over the rows where both are finite."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    good = np.isfinite(a) & np.isfinite(b)
+    ranks = (pd.Series(v[good]).rank().to_numpy(dtype=np.float64) for v in (a, b))
+    return pearson(*ranks)
 
 
 def correlation(

@@ -223,15 +223,10 @@ def dials_of_vectors(
 
     Raises: UserError as `open_vectors`, or no trait named and none to be found.
     """
-    from pvsae.stages.inputs import check_blocks, chosen_block, open_vectors, stored_traits
+    from pvsae.stages.inputs import check_blocks, chosen_block, known_traits, open_vectors
 
-    names = list(traits) or stored_traits(path)
-    if not names:
-        raise UserError(
-            f"no vectors at {path}", "the run folder of `pvsae extract`, a .safetensors or an official .pt file", "check the path"
-        )
     out = []
-    for name in names:
+    for name in known_traits(traits, path):
         where = check_blocks((block,), model)[0] if block is not None else chosen_block(name, model, layers)
         direction = open_vectors(path, name, model, statistic).direction(where, statistic)
         if not direction.norm > 0:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pvsae.errors import UserError
-from pvsae.finetuning.rows import CUT_AWAY, EMPTY, LONG, NO_ANSWER, TRUNCATED, clipped, make_rows, order, with_system
+from pvsae.finetuning.rows import CUT_AWAY, EMPTY, LONG, NO_ANSWER, TRUNCATED, make_rows, order, with_system
 from tests.finetuning.small import rows_of
 from tests.saes.corpora import chat
 
@@ -74,15 +74,6 @@ def test_a_chat_that_the_template_refuses_is_counted_by_its_reason(tiny_models) 
     assert counts.read == 2
     assert counts.used + counts.left_out.total() == 2
     assert len(rows) == counts.used
-
-
-def test_a_cut_row_keeps_spans_inside_of_itself(tiny_models) -> None:
-    rendered = tiny_models("qwen2").chat.conversation(chat(3, "Be brief.", turns=2))
-    for length in range(2, len(rendered.ids) + 1):
-        cut = clipped(rendered, length)
-        assert cut.ids == rendered.ids[:length]
-        assert cut.n_prompt == min(rendered.n_prompt, length)
-        assert all(0 <= start <= end <= length for _, start, end in (*cut.spans, ("answer", *cut.answer)))
 
 
 def test_bad_options_are_refused(tiny_models) -> None:

@@ -424,6 +424,18 @@ def test_offsets_that_trim_whitespace(chats: dict[str, ChatTemplate]) -> None:
     assert [list(o) for o in offsets] != cover.tolist()  # the tokenizer itself said something else
 
 
+def test_a_row_that_is_cut_keeps_its_spans_inside_of_itself(chats: dict[str, ChatTemplate]) -> None:
+    turns = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "The lazy dog sleeps."}]
+    row = chats["qwen2_5"].conversation([*turns, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am"}])
+    for length in range(2, len(row.ids)):
+        cut = row.clipped(length)
+        assert cut.ids == row.ids[:length]
+        assert cut.n_prompt == min(row.n_prompt, length)
+        for (_, *now), (_, *before) in zip((*cut.spans, ("", *cut.answer)), (*row.spans, ("", *row.answer)), strict=True):
+            assert now == [min(place, length) for place in before]
+    assert row.clipped(len(row.ids)) is row
+
+
 def test_slow_tokenizers_are_refused() -> None:
     class Slow:
         is_fast = False

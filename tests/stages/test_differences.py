@@ -6,13 +6,12 @@ import pytest
 from pvsae.stages.differences import (
     Columns,
     approximation_row,
-    clustered_mean,
     data_set_row,
-    rank_correlation,
     student,
     subset_mean,
     subset_rows,
 )
+from pvsae.stages.statistics import rank_correlation
 
 
 def some(n: int = 400, seed: int = 0) -> Columns:
@@ -29,26 +28,6 @@ def test_dp_of_a_data_set_is_the_mean_over_rows_that_have_one() -> None:
     assert (row["dp"], row["n"], row["n_missing"]) == (0.5, 1, 2)
     assert data_set_row(columns, "none")["dp"] == 1.5
     assert columns.by_subset.tolist()[:2] == [0.25, 2.25]
-
-
-def test_the_interval_holds_the_truth_as_often_as_it_says_where_prompts_repeat() -> None:
-    rng = np.random.default_rng(0)
-    inside = naive = 0
-    for _ in range(300):
-        clusters = np.repeat(np.arange(60), 4)
-        values = np.repeat(rng.normal(0, 1, 60), 4) + rng.normal(0, 0.3, 240)
-        found = clustered_mean(values, clusters)
-        alone = clustered_mean(values, np.arange(240))
-        inside += found.low <= 0 <= found.high
-        naive += alone.low <= 0 <= alone.high
-    assert 0.90 <= inside / 300 <= 0.985
-    assert naive / 300 < 0.8  # what it would be if rows counted as independent
-
-
-def test_a_mean_without_rows_or_with_one_prompt_claims_nothing() -> None:
-    assert np.isnan(clustered_mean(np.array([np.nan]), np.array(["a"])).value)
-    one = clustered_mean(np.array([1.0, 2.0]), np.array(["a", "a"]))
-    assert (one.value, np.isnan(one.low)) == (1.5, True)
 
 
 def test_intervals_of_subsets_hold_the_exact_value_about_95_times_of_100() -> None:
@@ -101,5 +80,3 @@ def test_the_approximation_is_judged_by_ranks_and_by_its_shift() -> None:
     assert row["rank_correlation"] == pytest.approx(rank_correlation(columns.proj - columns.last, columns.exact))
     assert row["rank_correlation"] > 0.9 > row["rank_correlation_proj"]
     assert row["mean_error"] == pytest.approx(3.0, abs=0.1)
-    x = np.array([1.0, 5.0, 2.0, np.nan])
-    assert rank_correlation(x, np.array([10.0, 1000.0, 11.0, 0.0])) == pytest.approx(1.0)

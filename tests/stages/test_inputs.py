@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import torch
 
 from pvsae.errors import UserError
 from pvsae.judges import Score
 from pvsae.llm import MAX_COST_REACHED
 from pvsae.stages.extract import ExtractConfig
-from pvsae.stages.inputs import require_scores
-from pvsae.vectors import Rollouts
+from pvsae.stages.inputs import known_traits, require_scores, stored_traits
+from pvsae.vectors import PersonaVectors, Rollouts, write_official
 
 
 def scored(*errors: str | None) -> Rollouts:
@@ -52,3 +53,19 @@ def test_counts_below_one_are_refused_before_anything_is_loaded(option):
     for value in (0, -1):
         with pytest.raises(UserError, match=f"{option} is {value}"):
             ExtractConfig(**{option: value})
+
+
+def test_traits_are_known_by_name_or_by_what_lies_at_a_path(tmp_path):
+    for trait in ("evil", "calm"):
+        found = PersonaVectors(trait, {"response_avg_diff": torch.ones(3, 4)})
+        found.save(tmp_path / "run" / trait / "vectors" / "vectors.safetensors")
+    with pytest.warns(UserWarning, match="row 0 and row 3"):
+        (official,) = write_official(found, tmp_path)
+    assert stored_traits(tmp_path / "run") == known_traits((), str(tmp_path / "run")) == ["calm", "evil"]
+    assert stored_traits(tmp_path / "run" / "evil" / "vectors" / "vectors.safetensors") == ["evil"]
+    assert stored_traits(official) == ["calm"]
+    assert known_traits(("kind",), tmp_path / "run") == ["kind"]
+    assert stored_traits(tmp_path) == []
+    for nothing in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no vectors"):
+            known_traits((), nothing)

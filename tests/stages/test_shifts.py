@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvsae.stages.shifts import shift_table
+from pvsae.stages.shifts import shift_table, shifts
 from pvsae.stages.statistics import mean_ci, means_ci
 
 D, BLOCKS, ROWS = 24, 3, 30
@@ -41,6 +41,13 @@ def test_the_shift_is_the_projection_of_the_mean_move_on_the_unit_vector(made_up
     top = table.loc[table["shift"].idxmax()]
     assert (top["trait"], top["block"]) == ("evil", 1)
     assert top["random_rank"] == top["natural_rank"] == 1.0
+
+
+def test_the_shift_of_a_row_is_along_the_unit_vector() -> None:
+    moved = torch.tensor([[1.0, 4.0], [3.0, 8.0]])
+    directions = torch.tensor([[0.0, 5.0], [-3.0, -3.0], [0.0, 0.0]])
+    root = math.sqrt(2)
+    np.testing.assert_allclose(shifts(moved, directions), [[4.0, -5 / root, 0.0], [8.0, -11 / root, 0.0]])
 
 
 def test_the_joint_fit_leaves_nothing_to_a_trait_that_is_only_alike(made_up) -> None:
