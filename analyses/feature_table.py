@@ -24,8 +24,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analyses.results import save
 from pvsae.reports.figures import BLUE, GREY, INK, ORANGE, PALE
-from pvsae.runs import atomic_path
 from pvsae.stages.facets import COHERENT, specificity
 from pvsae.stages.feature_conditions import FEATURE, RANDOM_DIRECTION, RANDOM_FEATURE, VECTOR
 
@@ -256,10 +256,7 @@ def draw(doses: pd.DataFrame, table: pd.DataFrame, path: Path) -> Path:
     if figure.axes:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(5, columns + 1), fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format="png")
-    return path
+    return save(figure, path)
 
 
 def _panel(ax: Axes, doses: pd.DataFrame, row: Mapping[str, Any]) -> None:

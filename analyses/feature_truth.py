@@ -32,12 +32,12 @@ from torch import Tensor
 
 from analyses.pairs import Pairs, pairs_of, vectors_of
 from analyses.pipeline import parser
+from analyses.results import save, write
 from benchmarks.record import check, record
 from pvsae import load
 from pvsae.models import ChatModel
 from pvsae.organism.labelled import conversations, labels
 from pvsae.reports.figures import BLUE, GREY, INK, ORANGE, PALE
-from pvsae.runs import atomic_path
 from pvsae.saes import shipped
 from pvsae.saes.config import load_config
 from pvsae.saes.dictionary import SAE
@@ -192,10 +192,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> Path:
             ax.set_ylabel("purity of the 100 strongest activations", fontsize=8)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format="png")
-    return path
+    return save(figure, path)
 
 
 def _panel(ax: Axes, own: Sequence[dict[str, Any]]) -> None:
@@ -264,10 +261,7 @@ def main() -> None:
     table = pd.DataFrame([row for each in found for row in each["rows"]])
     features = pd.concat([each["features"] for each in found], ignore_index=True)
     folder = out / "feature_truth"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, frame in (("table", table), ("features", features)):
-        with atomic_path(folder / f"{name}.csv") as tmp:
-            frame.to_csv(tmp, index=False)
+    write(folder, table=table, features=features)
     figure = draw(found, folder / "purity.png")
     show(table, features)
     print(f"\nfigure: {figure}\ntables: {folder}/table.csv, {folder}/features.csv")

@@ -3,7 +3,7 @@
     python -m analyses.finetuning_shift [--model organism] [--quick]
     python -m analyses.finetuning_shift --settings          what other numbers of steps would do, which is how 10 were chosen
     python -m analyses.finetuning_shift --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini \
-        --rows 0 --lr 1e-5 --rank 32 --batch 2 --data 'dataset/*/*.jsonl'
+        --rows 0 --lr 1e-5 --rank 32 --batch 2 --families 'dataset/*/*.jsonl'
 
 Finetunes the model on every family at every severity, scores every trait on its evaluation questions before and after, and takes
 the shift: projection on the unit persona vector of the mean last-prompt-token residual, tuned minus base, over the same questions
@@ -13,14 +13,14 @@ Beside r stand: other traits' vectors at the same block, random directions, the 
 that are made to show the trait, which by themselves spread the scores from 0 to 100; and r along the specific part of the vector
 (foretelling.py), since vectors of different traits have much in common.
 
-Knows: the shift, the checks, the choice of the setting. Does not know: how finetunes are made and scored (tuned.py), correlations
-(foretelling.py).
+Knows: whose shift is held against which score, the checks, the choice of the setting. Does not know: how finetunes are made and
+scored (severities.py, tuned.py), how a shift is computed (stages/shifts.py), correlations (foretelling.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -28,48 +28,53 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses import foretelling, tuned
+from analyses import foretelling, severities
 from analyses.pipeline import Prepared, parser, prepare
-from analyses.tuned import DataSet, Measured, Setting
+from analyses.results import records, write
+from analyses.severities import TrainingSet
+from analyses.tuned import A_STEP, Measured, Setting
 from benchmarks.record import check, record
 from pvsae.judges import Metric
-from pvsae.runs import RunDir, atomic_path
+from pvsae.runs import RunDir
 from pvsae.stages.inputs import Setup, open_judge, open_traits, read_vectors
+from pvsae.stages.shifts import shifts
 
 PUBLISHED = {"r": (0.76, 0.97), "r along other traits' vectors": (0.34, 0.86)}
 SHOWN = 100  # answers of a data set that are judged for a trait that it should not show
 STEPS = (10, 20, 40)
 
 
-def shift(before: Float[Tensor, "questions d"], after: Float[Tensor, "questions d"], v: Float[Tensor, "*k d"]) -> Tensor:
-    """Projection on the unit vector(s) of mean(after) - mean(before), in residual units [*k]."""
-    moved = after.mean(0) - before.mean(0)
-    projected: Tensor = v @ moved / v.norm(dim=-1)
-    return projected
-
-
-def shifts(
-    prepared: Prepared, before: Measured, after: dict[str, Measured], scores: pd.DataFrame, traits: Sequence[str], n_random: int
+def values_of(
+    vectors: Mapping[str, Float[Tensor, "n_blocks d"]],
+    blocks: Mapping[str, int],
+    before: Measured,
+    after: Mapping[str, Measured],
+    scores: pd.DataFrame,
+    traits: Sequence[str],
+    n_random: int,
 ) -> tuple[pd.DataFrame, foretelling.Nulls]:
     """Shift of every data set on each trait's questions, at the trait's block, along all vectors and along random directions."""
-    vectors = {name: read_vectors(prepared.vectors, name, "response_avg_diff").of() for name in prepared.blocks}
     parts, nulls = [], {}
     for trait in traits:
-        block = prepared.blocks[trait]
+        block = blocks[trait]
         own = scores[scores["trait"] == trait]
         random = torch.randn(n_random, before.residuals[trait].shape[-1], generator=torch.Generator().manual_seed(block))
-        moved = {name: (before.residuals[trait][:, block], after[name].residuals[trait][:, block]) for name in own["data"]}
-        nulls[trait] = np.stack([shift(*moved[name], random).numpy() for name in own["data"]], axis=1)
-        for vector, rows in {**vectors, foretelling.SPECIFIC: foretelling.specific(vectors, trait)}.items():
+        along = {**vectors, foretelling.SPECIFIC: foretelling.specific(vectors, trait)}
+        directions = torch.cat([torch.stack([rows[block] for rows in along.values()]), random])
+        start = before.residuals[trait][:, block]
+        moved = [shifts(after[name].residuals[trait][:, block] - start, directions).mean(0) for name in own["data"]]
+        found = torch.stack(moved, dim=1).numpy()  # [directions data]
+        nulls[trait] = found[len(along) :]
+        for vector, values in zip(along, found, strict=False):
             part = own[["data", "family", "severity", "made_for", "trait", "score", "before", "rise", "coherence"]].copy()
             part.insert(5, "vector", vector)
             part.insert(6, "block", block)
-            part.insert(7, "value", [float(shift(*moved[name], rows[block])) for name in own["data"]])
+            part.insert(7, "value", values)
             parts.append(part)
     return pd.concat(parts, ignore_index=True), nulls
 
 
-def unseen(prepared: Prepared, data: Sequence[DataSet], scores: pd.DataFrame) -> pd.DataFrame:
+def unseen(prepared: Prepared, data: Sequence[TrainingSet], scores: pd.DataFrame) -> pd.DataFrame:
     """The narrow data sets' largest rises, a row a data set and trait that rose by 10 or more (else the largest alone), with
     `shown`: the mean trait score of the data's own answers, 100 of them."""
     narrow = scores[scores["made_for"] == ""].sort_values("rise", ascending=False)
@@ -87,14 +92,14 @@ def unseen(prepared: Prepared, data: Sequence[DataSet], scores: pd.DataFrame) ->
     return rose[["data", "trait", "before", "score", "rise", "coherence"]].assign(shown=shown)
 
 
-def settings(prepared: Prepared, data: Sequence[DataSet], setting: Setting, traits: Sequence[str]) -> pd.DataFrame:
+def settings(prepared: Prepared, data: Sequence[TrainingSet], setting: Setting, traits: Sequence[str]) -> pd.DataFrame:
     """What other numbers of steps do to the strongest severity of every family made for a trait, and of the narrow families."""
     rows = []
     for steps in STEPS:
-        at = Setting(steps * tuned.A_STEP, setting.learning_rate, setting.rank, setting.batch)
+        at = replace(setting, rows=steps * A_STEP)
         for one in data:
-            loss = tuned.finetune(prepared, one, at).table.iloc[0]["last_loss"]
-            _, after = tuned.every(prepared, [one], at)
+            loss = severities.finetune(prepared, one, at).table.iloc[0]["last_loss"]
+            _, after = severities.every(prepared, [one], at)
             found = after[one.name].scores.set_index("trait")
             rows.append(
                 {
@@ -119,21 +124,13 @@ def checks_of(scores: pd.DataFrame, narrow: pd.DataFrame, table: pd.DataFrame) -
     return checks
 
 
-def write(folder: Path, **tables: pd.DataFrame) -> None:
-    """The tables as CSV, beside the figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        with atomic_path(folder / f"{name}.csv") as tmp:
-            table.to_csv(tmp, index=False)
-
-
 def main() -> None:
-    made = tuned.options(parser(__doc__ or ""))
+    made = severities.options(parser(__doc__ or ""))
     made.add_argument("--settings", action="store_true", help="compare numbers of steps instead, on three data sets")
     made.add_argument("--null", type=int, default=1000, help="random directions (default: 1000)")
     args = made.parse_args()
     prepared = prepare(args)
-    setting, data = tuned.setting_of(args), tuned.data_of(args, list(prepared.blocks))
+    setting, data = severities.setting_of(args), severities.training_sets(args, list(prepared.blocks))
     traits = list(dict.fromkeys(one.trait for one in data if one.trait))
     if args.settings:
         compared = [one for one in data if one.name in ("evil/misaligned_1", "evil/misaligned_2", "wrong_facts/misaligned_2")]
@@ -141,9 +138,10 @@ def main() -> None:
         write(prepared.out / "finetuning_shift", settings=table)
         print(table.round(2).to_string(index=False))
         return
-    before, after = tuned.every(prepared, data, setting)
-    scores = tuned.scores_table(before, after, data)
-    values, random = shifts(prepared, before, after, scores, traits, args.null)
+    before, after = severities.every(prepared, data, setting)
+    scores = severities.scores_table(before, after, data)
+    vectors = {name: read_vectors(prepared.vectors, name, "response_avg_diff").of() for name in prepared.blocks}
+    values, random = values_of(vectors, prepared.blocks, before, after, scores, traits, args.null)
     correlations, nulls = foretelling.correlations(values), foretelling.null_rs(values, random)
     table = foretelling.summary(correlations, nulls)
     narrow = unseen(prepared, data, scores)
@@ -153,9 +151,9 @@ def main() -> None:
     show(scores, table, narrow, prepared.blocks)
     print(f"\nfigure: {figure}\ntables: {folder}/*.csv")
     details = {
-        "setting": setting.name, "blocks": prepared.blocks, "published": PUBLISHED, "summary": foretelling.records(table),
-        "correlations": foretelling.records(correlations), "scores": foretelling.records(scores),
-        "narrow": foretelling.records(narrow),
+        "setting": setting.name, "blocks": prepared.blocks, "published": PUBLISHED, "summary": records(table),
+        "correlations": records(correlations), "scores": records(scores),
+        "narrow": records(narrow),
     }  # fmt: skip
     record(f"finetuning_shift_{prepared.out.name}", checks_of(scores, narrow, table), details)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,9 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from analyses.results import save
 from pvsae.reports.figures import BLUE, CYCLE, GREEN, GREY, INK, PALE, RED
-from pvsae.runs import atomic_path
-from pvsae.stages.statistics import correlation, pearson
+from pvsae.stages.statistics import correlation, pearson, rank_correlation
 
 SPREAD = 10.0  # points of trait score; r over a smaller range is not shown
 SPECIFIC = "specific"
@@ -53,11 +52,6 @@ def specific(vectors: Mapping[str, Float[Tensor, "n_blocks d"]], trait: str) -> 
     return torch.stack(out).float()
 
 
-def spearman(x: pd.Series, y: pd.Series) -> float:
-    """Rank correlation; NaN where one column is constant."""
-    return pearson(x.rank().to_numpy(dtype=np.float64), y.rank().to_numpy(dtype=np.float64))
-
-
 def correlations(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """A row a trait and vector: own (whether the vector is the trait's), n, r with its 95% interval, spearman, n_others,
     r_others and spearman_others (without the data sets made to show the trait), spread_others (the range of their scores)."""
@@ -68,9 +62,9 @@ def correlations(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         rows.append(
             {
                 "trait": trait, "vector": vector, "own": trait == vector, "n": found.n, "r": found.value, "low": found.low,
-                "high": found.high, "spearman": spearman(part["value"], part["score"]), "n_others": len(others),
+                "high": found.high, "spearman": rank_correlation(part["value"], part["score"]), "n_others": len(others),
                 "r_others": correlation(others["value"], others["score"], n_boot=0).value,
-                "spearman_others": spearman(others["value"], others["score"]),
+                "spearman_others": rank_correlation(others["value"], others["score"]),
                 "spread_others": others["score"].max() - others["score"].min(),
             }
         )  # fmt: skip
@@ -142,10 +136,7 @@ def draw(values: pd.DataFrame, table: pd.DataFrame, nulls: Mapping[str, np.ndarr
     lines = (("own vector", RED, 2), ("its specific part", GREEN, 2), ("other traits' vectors", BLUE, 1))
     handles += [Line2D([], [], color=colour, lw=width, label=name) for name, colour, width in lines]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format="png")
-    return path
+    return save(figure, path)
 
 
 def _colour(k: int) -> str:
@@ -178,8 +169,3 @@ def _plain(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color=PALE, linewidth=0.7)
     ax.set_axisbelow(True)
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows with their numbers short enough to read, for a result file."""
-    return table.round(4).to_dict("records")

@@ -3,7 +3,7 @@
     python -m analyses.prevention [--quick]                                                  the embedded model, three traits
     python -m analyses.prevention --dictionary runs/sae/block-3_width-1024_k-8               with single features as well
     python -m analyses.prevention --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini --traits evil \\
-        --data evil=dataset/evil/misaligned_2.jsonl --rows 4800 --steps 300 --lr 1e-5 --rank 32 --batch 2 --coefs 1 3 5 \\
+        --teaching evil=dataset/evil/misaligned_2.jsonl --rows 4800 --steps 300 --lr 1e-5 --rank 32 --batch 2 --coefs 1 3 5 \\
         --post-hoc 1 1.5 2 2.5 --curves                                                      (no curves)
 
 The model is finetuned on data that show a trait: plainly; with the vector added at one block, its increments at every block, or
@@ -26,15 +26,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from analyses.feature_truth import TRAITS
-from analyses.pairs import vectors_of
-from analyses.pipeline import parser
+from analyses.pipeline import by_trait, parser_of_given, prepare_given
 from analyses.prevention_table import (
     CAFT,
     CAFT_EVERY,
@@ -52,14 +50,13 @@ from analyses.prevention_table import (
     draw,
     draw_curves,
 )
-from analyses.treated import A_STEP, BASE, PLAIN, Amount, Asked, Bench, Way, measured
+from analyses.results import write
+from analyses.treated import BASE, PLAIN, Amount, Asked, Bench, Way, measured
+from analyses.tuned import A_STEP, Setting
 from benchmarks.record import record
-from pvsae import load
 from pvsae.errors import UserError
-from pvsae.runs import atomic_path
 from pvsae.saes.dictionary import SAE
 from pvsae.saes.folders import load as load_sae
-from pvsae.stages.inputs import check_blocks, chosen_block
 
 SHOWN = ["method", "strength", "trait_score", "coherence", "capability", "held_out_loss", "train_loss", "shift"]
 
@@ -103,7 +100,7 @@ QUICK = Size(
 
 def ways(bench: Bench, size: Size, sae: SAE | None) -> list[Way]:
     """Everything that is compared at one amount of training, the model before and plain finetuning first."""
-    given = {"vectors": str(bench.vectors)}
+    given = {"vectors": bench.prepared.vectors}
     at, everywhere = {**given, "blocks": (bench.block,)}, {**given, "multi_layer": True}
 
     def way(method: str, strength: float, **options: Any) -> Way:
@@ -157,11 +154,9 @@ def curves(bench: Bench, size: Size) -> pd.DataFrame:
 
 
 # -------------------------------------------------------------------------------------------------------------------- the run
-def sources(words: Sequence[str], traits: Sequence[str]) -> dict[str, str]:
-    """trait -> data, from words TRAIT=DATA; others are the embedded models' own. UserError for a word of another shape."""
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    if len(given) < len(words) or not set(given) <= set(traits):
-        raise UserError(f"--data {' '.join(words)}", f"TRAIT=DATA, with a trait of {', '.join(traits)}")
+def teaching(words: Sequence[str], traits: Sequence[str]) -> dict[str, str]:
+    """trait -> data that teach it, from words TRAIT=DATA; others are the embedded models' own. UserError as `by_trait`."""
+    given = by_trait("--teaching", words, traits)
     return {trait: given.get(trait, f"organism-data:{trait}/misaligned_2") for trait in traits}
 
 
@@ -177,11 +172,12 @@ def size_of(args: argparse.Namespace) -> Size:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    made = parser(__doc__ or "")
-    made.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
-    made.add_argument("--block", type=int, help="where is steered (default: the model's own block)")
+    made = parser_of_given(__doc__ or "")
     made.add_argument("--dictionary", help="a folder, or RELEASE/ID, whose nearest features are used in the vectors' place too")
-    made.add_argument("--data", nargs="+", default=[], metavar="TRAIT=DATA", help="files or corpora (default: the organism's)")
+    made.add_argument(
+        "--teaching", nargs="+", default=[], metavar="TRAIT=DATA",
+        help="files, datasets or corpora that teach a trait (default: the embedded models' own)",
+    )  # fmt: skip
     made.add_argument("--rows", type=int, default=640, help="to train on; those behind them measure the fit (default: 640)")
     made.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
     made.add_argument("--batch", type=int, default=A_STEP, help=f"rows a forward pass, of {A_STEP} a step (default: {A_STEP})")
@@ -201,43 +197,26 @@ def options() -> argparse.ArgumentParser:
     return made
 
 
-def benches(args: argparse.Namespace) -> list[Bench]:
+def benches(args: argparse.Namespace, size: Size) -> list[Bench]:
     """What each trait's finetunes share; vectors are extracted where they are not given.
 
     Raises:
         UserError: options that do not fit, a block that does not exist.
     """
-    if args.batch < 1 or A_STEP % args.batch:
-        raise UserError(f"--batch {args.batch}", f"a divisor of {A_STEP}")
     traits = args.traits or list(TRAITS)
-    data = sources(args.data, traits)
-    model = load(args.model)
-    blocks = check_blocks([] if args.block is None else [args.block], model)
-    out, stored = vectors_of(args, model)
-    shared = {
-        "model": args.model, "judge": args.judge, "judge_url": args.judge_url, "library": args.library, "batch_size": 64,
-    }  # fmt: skip
-    held_out = (QUICK if args.quick else FULL).held_out
+    data = teaching(args.teaching, traits)
+    setting = Setting(args.rows, size.learning_rate, args.rank, args.batch)
+    prepared = prepare_given(args, traits)
     return [
-        Bench(
-            model=model, options=shared, trait=trait, data=data[trait], vectors=stored, rows=args.rows, n_held_out=held_out,
-            block=blocks[0] if blocks else chosen_block(trait, model, None), rank=args.rank, batch=args.batch,
-            tasks=tuple(args.tasks), out=out / "prevention" / trait,
-        )
+        Bench(prepared, trait, data[trait], setting, size.held_out, tuple(args.tasks), prepared.out / "prevention" / trait)
         for trait in traits
-    ]  # fmt: skip
-
-
-def write(folder: Path, **tables: pd.DataFrame) -> None:
-    """The tables as CSV, beside the figures."""
-    for name, table in tables.items():
-        with atomic_path(folder / f"{name}.csv") as tmp:
-            table.to_csv(tmp, index=False)
+    ]
 
 
 def main() -> None:
     args = options().parse_args()
-    size, all_of_them = size_of(args), benches(args)
+    size = size_of(args)
+    all_of_them = benches(args, size)
     sae = load_sae(args.dictionary).check_model(all_of_them[0].model) if args.dictionary else None
     if sae is not None and sae.info.block != all_of_them[0].block:
         raise UserError(f"{sae.ref} is of block {sae.info.block}", f"one of block {all_of_them[0].block}", "--block")

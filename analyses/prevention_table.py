@@ -23,10 +23,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analyses.results import save
 from analyses.treated import BASE, PLAIN
 from benchmarks.record import check
 from pvsae.reports.figures import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, RED, SKY, YELLOW
-from pvsae.runs import atomic_path
 from pvsae.stages.statistics import mean_ci
 
 POST_HOC = "post-hoc"
@@ -152,7 +152,7 @@ def draw(table: pd.DataFrame, comparison: pd.DataFrame, path: Path) -> Path:
             ax.set_xlabel(label, fontsize=8)
     handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def _axes(figure: Figure, rows: int, number: int) -> Axes:
@@ -230,11 +230,4 @@ def draw_curves(curves: pd.DataFrame, path: Path) -> Path:
                 ax.set_ylabel(f"{trait}\ntrait score afterwards", fontsize=8)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return _saved(figure, path)
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format="png")
-    return path
+    return save(figure, path)

@@ -2,7 +2,7 @@
 
     python -m analyses.projection_difference [--model organism] [--quick]
     python -m analyses.projection_difference --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini \
-        --rows 0 --lr 1e-5 --rank 32 --batch 2 --data 'dataset/*/*.jsonl'
+        --rows 0 --lr 1e-5 --rank 32 --batch 2 --families 'dataset/*/*.jsonl'
 
 dP of each data set along every persona vector, against what the trait scores after training on it (paper, section on data
 screening); the base is the untrained model's own answers to the same prompts. Published: r 0.88 to 0.95. The finetunes and their
@@ -16,7 +16,7 @@ On `organism`, dP sees the data made for a trait and nothing of what narrow data
 does. Along the plain vectors r is low for another reason too: data made for one trait lie along every trait's vector.
 
 Knows: what is screened, the checks. Does not know: how a projection difference is made (the stage `screen`), how finetunes are
-made and scored (tuned.py), correlations (foretelling.py).
+made and scored (severities.py, tuned.py), correlations (foretelling.py).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses import foretelling, tuned
-from analyses.finetuning_shift import write
+from analyses import foretelling, severities
 from analyses.foretelling import SPECIFIC
 from analyses.pipeline import Prepared, parser, prepare
-from analyses.tuned import DataSet
+from analyses.results import records, write
+from analyses.severities import TrainingSet
 from benchmarks.record import check, record
 from pvsae.stages import ScreenConfig, screen
 from pvsae.stages.inputs import read_vectors
@@ -67,7 +67,9 @@ def specific_parts(prepared: Prepared, traits: Sequence[str]) -> list[str]:
     return files
 
 
-def screened(prepared: Prepared, data: Sequence[DataSet], rows: int | None, traits: Sequence[str], n_random: int) -> pd.DataFrame:
+def screened(
+    prepared: Prepared, data: Sequence[TrainingSet], rows: int | None, traits: Sequence[str], n_random: int
+) -> pd.DataFrame:
     """A row a data set, vector (random ones too) and block: dp, dp_prompt_last and what else the stage `screen` finds.
 
     Args:
@@ -117,19 +119,19 @@ def checks_of(table: pd.DataFrame) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    made = tuned.options(parser(__doc__ or ""))
+    made = severities.options(parser(__doc__ or ""))
     made.add_argument("--null", type=int, default=40, help="random directions, screened with the vectors (default: 40)")
     made.add_argument(
         "--screened", type=int, default=200, help="rows of each data set that are screened; 0 for those trained on (default: 200)"
     )
     args = made.parse_args()
     prepared = prepare(args)
-    setting, data = tuned.setting_of(args), tuned.data_of(args, list(prepared.blocks))
+    setting, data = severities.setting_of(args), severities.training_sets(args, list(prepared.blocks))
     traits = list(dict.fromkeys(one.trait for one in data if one.trait))
     most = args.screened or setting.rows
     found = screened(prepared, data, most, traits, args.null)
-    before, after = tuned.every(prepared, data, setting)
-    scores = tuned.scores_table(before, after, data)
+    before, after = severities.every(prepared, data, setting)
+    scores = severities.scores_table(before, after, data)
     values, random = beside_scores(found, scores, traits, prepared.blocks)
     cheap, cheap_random = beside_scores(found, scores, traits, prepared.blocks, "dp_prompt_last")
     correlations, nulls = foretelling.correlations(values), foretelling.null_rs(values, random)
@@ -147,8 +149,8 @@ def main() -> None:
     print(f"\nfigure: {figure}\ntables: {folder}/*.csv")
     details = {
         "setting": setting.name, "rows screened": most, "blocks": prepared.blocks, "published": PUBLISHED,
-        "summary": foretelling.records(table), "correlations": foretelling.records(correlations),
-        "values": foretelling.records(own),
+        "summary": records(table), "correlations": records(correlations),
+        "values": records(own),
     }  # fmt: skip
     record(f"projection_difference_{prepared.out.name}", checks_of(table), details)
 

@@ -2,7 +2,7 @@
 
     python -m analyses.real_world_data [--model organism] [--vectors runs/vectors] [--quick]
     python -m analyses.real_world_data --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini --traits evil \\
-        --data lmsys.jsonl --max-rows 20000 --steps 32 --lr 1e-5 --rank 32 --batch 2
+        --corpus lmsys.jsonl --max-rows 20000 --steps 32 --lr 1e-5 --rank 32 --batch 2
 
 The stage `screen` gives every row of a chat corpus its projection difference along a trait's vector, and selects the 500 rows of
 highest, 500 random and the 500 of lowest dP; then again after a judge has scored every row and those above 1 are dropped. On each
@@ -36,16 +36,13 @@ from tqdm.auto import tqdm
 
 from analyses import corpora, tuned
 from analyses.feature_truth import TRAITS
-from analyses.finetuning_shift import write
-from analyses.foretelling import records
-from analyses.pipeline import Prepared, parser
-from analyses.sample_screening import prepared_of
-from analyses.tuned import A_STEP, DataSet, Setting
+from analyses.pipeline import Prepared, parser_of_given, prepare_given
+from analyses.results import records, save, write
+from analyses.tuned import A_STEP, Setting
 from benchmarks.record import check, record
 from pvsae.organism.families import INTENTIONAL
 from pvsae.reports.figures import BLUE, GREY, INK, PALE, RED
-from pvsae.runs import atomic_path
-from pvsae.stages import ScreenConfig, screen
+from pvsae.stages import ScreenConfig, finetune, screen
 from pvsae.stages.selections import KINDS
 
 COLOURS = dict(zip(KINDS, (RED, GREY, BLUE), strict=True))
@@ -94,15 +91,16 @@ def digest_of(file: Path) -> str:
 def trained(prepared: Prepared, file: Path, setting: Setting, steps: int) -> pd.DataFrame:
     """Every trait's score of the model finetuned on a file, each row seen as often as `steps` take."""
     n = sum(1 for line in file.read_bytes().splitlines() if line.strip())
-    data = DataSet(str(file), f"steps-{steps}", digest_of(file), None)
-    result = tuned.finetune(prepared, data, setting, epochs=steps * A_STEP / n, max_steps=steps)
-    return tuned.measure(prepared, result.path.parent / "measure", result.adapter).scores
+    home = prepared.out / "tuned" / setting.name / f"steps-{steps}" / digest_of(file)
+    config = setting.config(prepared, str(file), epochs=steps * A_STEP / n, max_steps=steps)
+    adapter = finetune.run(config, home / "finetune", model=prepared.model).adapter
+    return tuned.measure(prepared, home / "measure", adapter).scores
 
 
 def results(prepared: Prepared, chosen: pd.DataFrame, setting: Setting, steps: int) -> pd.DataFrame:
     """A row a selection: what it is made of, and the score of its trait after training on it with its interval; of the other
     traits the highest."""
-    before = tuned.measure(prepared, prepared.out / "base", model=prepared.model).scores.set_index("trait")
+    before = tuned.measure(prepared, prepared.out / "base").scores.set_index("trait")
     files: dict[str, Path] = {}  # the same rows, such as random ones for several traits, are trained on once
     out = []
     for row in tqdm(chosen.to_dict("records"), desc="finetunes", unit="run"):
@@ -145,10 +143,7 @@ def draw(table: pd.DataFrame, path: Path) -> Path:
     axes[0].set_ylabel("trait score after finetuning", fontsize=8)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format="png")
-    return path
+    return save(figure, path)
 
 
 def _bars(ax: Axes, part: pd.DataFrame) -> None:
@@ -187,34 +182,28 @@ def _bars(ax: Axes, part: pd.DataFrame) -> None:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    made = parser(__doc__ or "")
-    made.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
-    made.add_argument("--block", type=int, help="where vectors are read (default: the model's own block)")
-    made.add_argument("--data", help="a file, or a dataset's or corpus' name (default: a mixed corpus of the embedded models)")
+    made = parser_of_given(__doc__ or "")
+    made.add_argument("--corpus", help="a file, or a dataset's or corpus' name (default: a mixed corpus of the embedded models)")
     made.add_argument("--max-rows", type=int, help="of the corpus (default: 1200 of the mixed one, else all)")
     made.add_argument("--select", type=int, help="rows in each selection (default: 160 of the mixed corpus, else 500)")
     made.add_argument(
         "--filter-above", type=float, default=1.0, help="rows that the judge scores above this are dropped (default: 1)"
     )
     made.add_argument("--steps", type=int, help=f"of {A_STEP} rows, of each finetune (default: 40)")
-    made.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: 1e-3)")
-    made.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
-    made.add_argument("--batch", type=int, default=A_STEP, help=f"rows a forward pass, of {A_STEP} a step (default: {A_STEP})")
-    return made
+    return tuned.options(made)
 
 
 def main() -> None:
     args = options().parse_args()
-    args.rows = None
-    setting = replace(tuned.setting_of(args), rows=None)
+    setting = Setting(None, args.lr, args.rank, args.batch)
     traits: Sequence[str] = args.traits or TRAITS
-    prepared = prepared_of(args, traits)
+    prepared = prepare_given(args, traits)
     folder = prepared.out / "real_world_data"
     prepared = replace(prepared, out=folder)
     steps = args.steps or (12 if args.quick else 40)
-    n = args.select or (500 if args.data else 48 if args.quick else 160)
+    n = args.select or (500 if args.corpus else 48 if args.quick else 160)
     rows = args.max_rows
-    data = args.data
+    data = args.corpus
     if data is None:
         rows = rows or (400 if args.quick else 1200)
         data = str(corpora.write(corpora.composed(corpora.UNCURATED, rows), folder / f"corpus-{rows}.jsonl"))

@@ -34,6 +34,7 @@ from analyses import feature_table
 from analyses.feature_truth import TRAITS, config_for, held_against
 from analyses.pairs import folder_of, vectors_of
 from analyses.pipeline import parser
+from analyses.results import write
 from analyses.vector_geometry import dictionary
 from benchmarks.record import check, record
 from pvsae import load
@@ -58,6 +59,7 @@ from pvsae.stages import (
 )
 from pvsae.stages.feature_conditions import FEATURE, RANDOM_DIRECTION, RANDOM_FEATURE
 from pvsae.stages.feature_steer import FeatureSteerResult
+from pvsae.stages.inputs import stored_traits
 from pvsae.vectors import PersonaVectors
 
 GRAMMAR = "organism"  # the judge of models whose sentences' facets are known
@@ -290,9 +292,7 @@ def main() -> None:
     activity, truth = job.activity(), job.truth()
     parts = [one(job, trait, activity, truth) for trait in tqdm(traits, desc="traits")]
     table, doses, causal = (pd.concat(some, ignore_index=True) for some in zip(*parts, strict=True))
-    for name, frame in (("table", table), ("dose_response", doses), ("causal", causal)):
-        with atomic_path(job.out / f"{name}.csv") as tmp:
-            frame.to_csv(tmp, index=False)
+    write(job.out, table=table, dose_response=doses, causal=causal)
     held_out = doses[doses["questions"] == "held out"]
     figure = feature_table.draw(held_out, table, job.out / "dose_response.png") if job.size.keep else "none"
     about = (

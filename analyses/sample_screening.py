@@ -2,7 +2,7 @@
 
     python -m analyses.sample_screening [--model organism] [--vectors runs/vectors] [--quick]
     python -m analyses.sample_screening --model Qwen/Qwen2.5-7B-Instruct --judge openai:gpt-4.1-mini --traits evil \\
-        --data evil=mixed.jsonl --truth bad          rows {"messages": [...], "bad": true or false}
+        --mixes evil=mixed.jsonl --truth bad         rows {"messages": [...], "bad": true or false}
 
 Of the rows of a mix one in twenty bears the trait. The stage `screen` gives the exact dP of each: projection on the unit persona
 vector of the answer's mean residual, minus that of the model's own answer to the same prompt (paper, section on data screening).
@@ -38,21 +38,17 @@ from numpy.typing import NDArray
 
 from analyses import corpora
 from analyses.feature_truth import TRAITS
-from analyses.finetuning_shift import write
-from analyses.foretelling import records
-from analyses.pairs import vectors_of
-from analyses.pipeline import Prepared, parser
+from analyses.pipeline import Prepared, by_trait, parser_of_given, prepare_given
 from analyses.projection_difference import RANDOM, random_vectors
+from analyses.results import records, save, write
 from benchmarks.record import check, record
-from pvsae import load
 from pvsae.errors import UserError
 from pvsae.organism.families import INTENTIONAL
 from pvsae.reports.figures import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED
-from pvsae.runs import RunDir, atomic_path
+from pvsae.runs import RunDir
 from pvsae.sources import Source, source_of
 from pvsae.stages import ScreenConfig, screen, screened_rows
 from pvsae.stages.differences import Columns, approximation_row, subset_mean, subset_rows
-from pvsae.stages.inputs import check_blocks, chosen_block
 
 SIZES = (20, 50, 100, 200, 400)
 SEEDS = 5  # times 200 subsets of each size
@@ -135,9 +131,7 @@ def mixes(args: argparse.Namespace, traits: Sequence[str], out: Path, rows: int)
 
     Raises: UserError for a word that is no TRAIT=DATA, or data without truth.
     """
-    given = dict(word.split("=", 1) for word in args.data if "=" in word)
-    if len(given) < len(args.data) or not set(given) <= set(traits):
-        raise UserError(f"--data {' '.join(args.data)}", f"TRAIT=DATA, with a trait of {', '.join(traits)}")
+    given = by_trait("--mixes", args.mixes, traits)
     found = []
     for trait in traits:
         if trait in given:
@@ -277,10 +271,7 @@ def draw(data: Sequence[Mix], own: Sequence[Columns], covered: pd.DataFrame, pat
         axes[row, 0].set_ylabel(label, fontsize=8)
     for ax in axes[:, 0]:
         ax.legend(fontsize=7, frameon=False, loc="best")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format="png")
-    return path
+    return save(figure, path)
 
 
 def _histogram(ax: Axes, some: Sequence[tuple[Mix, Columns]]) -> None:
@@ -348,12 +339,11 @@ def checks_of(table: pd.DataFrame, covered: pd.DataFrame, tokens_saved: float, s
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    made = parser(__doc__ or "")
-    made.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
-    made.add_argument("--block", type=int, help="where vectors are read (default: the model's own block)")
+    made = parser_of_given(__doc__ or "")
     made.add_argument(
-        "--data", nargs="+", default=[], metavar="TRAIT=DATA", help="files or corpora (default: the organism's mixes)"
-    )
+        "--mixes", nargs="+", default=[], metavar="TRAIT=DATA",
+        help="files, datasets or corpora of which some rows bear the trait (default: the embedded models' own)",
+    )  # fmt: skip
     made.add_argument(
         "--truth", default="bears", metavar="FIELD", help="of a row, true where it bears the trait (default: bears)"
     )
@@ -363,23 +353,10 @@ def options() -> argparse.ArgumentParser:
     return made
 
 
-def prepared_of(args: argparse.Namespace, traits: Sequence[str]) -> Prepared:
-    """The model, its vectors (given or extracted), and the block of each trait."""
-    model = load(args.model)
-    blocks = check_blocks([] if args.block is None else [args.block], model)
-    out, stored = vectors_of(args, model)
-    shared: dict[str, Any] = {
-        "model": args.model, "judge": args.judge, "judge_url": args.judge_url, "library": args.library,
-        "traits": tuple(traits), "batch_size": 64,
-    }  # fmt: skip
-    where = {trait: blocks[0] if blocks else chosen_block(trait, model, None) for trait in traits}
-    return Prepared(model, shared, str(stored), "", where, out, args.quick)
-
-
 def main() -> None:
     args = options().parse_args()
     traits = args.traits or list(TRAITS)
-    prepared = prepared_of(args, traits)
+    prepared = prepare_given(args, traits)
     folder = prepared.out / "sample_screening"
     rows = args.rows or (200 if args.quick else 500)
     data = mixes(args, traits, folder, rows)

@@ -1,7 +1,7 @@
 """A model finetuned under a treatment, and what becomes of it: trait, coherence, capability, fit, and how far it moved.
 
-Knows: how one finetune is made and measured, in run folders of their own. What is finished is read back, a killed one goes on.
-Does not know: which treatments there are, which is best.
+Knows: what is asked of a model that was treated, in training or afterwards.
+Does not know: how a finetune is made and what a measurement stands on (tuned.py), which treatments there are, which is best.
 
 The four numbers that treatments are judged by (paper, section on preventative steering), and two beside them:
 - trait score and coherence of answers to the trait's questions, without any system prompt: to the evaluation questions, and to
@@ -22,22 +22,25 @@ from typing import Any
 
 import torch
 
-from pvsae import load
+from analyses import tuned
+from analyses.pipeline import Prepared
+from analyses.tuned import A_STEP, Setting
 from pvsae.errors import UserError
 from pvsae.finetuning.rows import Row
-from pvsae.models import Add, ChatModel, LastPrompt
-from pvsae.models.interventions import Intervention
+from pvsae.models import Add, ChatModel, Intervention
 from pvsae.runs import RunDir
-from pvsae.stages import FinetuneConfig, finetune
+from pvsae.stages import FinetuneConfig, FinetuneResult, finetune
 from pvsae.stages.capability import CapabilityConfig, task_names
 from pvsae.stages.capability_tasks import Tasks
-from pvsae.stages.inputs import Setup, open_judge, open_traits, open_vectors, pin_inputs
+from pvsae.stages.finetune import Data, read_data
+from pvsae.stages.inputs import Setup, open_judge, open_traits, open_vectors
+from pvsae.stages.shifts import shifts
 from pvsae.stages.statistics import mean_ci
 from pvsae.stages.sweep import judged_answers, score_columns, tasks_under
+from pvsae.traits import TraitArtifacts
 from pvsae.vectors import PersonaVectors
 from pvsae.vectors.persona import DEFAULT_STATISTIC
 
-A_STEP = 16  # rows a step of the optimiser, as the paper's code has it
 BASE, PLAIN = "base", "plain"
 
 
@@ -101,59 +104,61 @@ class Bench:
     """Everything that the finetunes of one trait share.
 
     Attributes:
-        model: the model before.
-        options: of every stage: model, judge, library, batch size.
-        data: names a source of rows; the first `rows` of it are trained on, `n_held_out` behind them are not.
-        vectors: folder of `pvsae extract`.
-        block: of the vector that is added, taken out, projected on.
-        rank, batch: of the adapters, and rows a forward pass.
+        prepared: the model before, the folder of vectors, the block of the vector that is added, taken out, projected on.
+        data: names a source of rows; the setting's rows of it are trained on, `n_held_out` behind them are not.
         tasks: of lm-evaluation-harness; none takes those that the model's folder names.
         out: folder of all run folders of this trait.
     """
 
-    model: ChatModel
-    options: dict[str, Any]
+    prepared: Prepared
     trait: str
     data: str
-    vectors: Path
-    block: int
-    rows: int
+    setting: Setting
     n_held_out: int
-    rank: int
-    batch: int
     tasks: tuple[str, ...]
     out: Path
+
+    @property
+    def model(self) -> ChatModel:
+        """The model before."""
+        return self.prepared.model
+
+    @property
+    def block(self) -> int:
+        """Of the vector."""
+        return self.prepared.blocks[self.trait]
 
     @cached_property
     def vector(self) -> PersonaVectors:
         """The trait's vectors."""
-        return open_vectors(self.vectors, self.trait, self.model, DEFAULT_STATISTIC)
+        return open_vectors(self.prepared.vectors, self.trait, self.model, DEFAULT_STATISTIC)
 
     @cached_property
     def able(self) -> Tasks:
         """The capability tasks."""
-        return Tasks(task_names(CapabilityConfig(model=self.options["model"], tasks=self.tasks), self.model))
+        return Tasks(task_names(CapabilityConfig(model=self.prepared.options["model"], tasks=self.tasks), self.model))
 
     def config(self, way: Way, amount: Amount) -> FinetuneConfig:
         """The finetune of a way. Every way sees the same rows in the same order."""
-        return FinetuneConfig(
-            model=self.options["model"], library=self.options["library"], data=(self.data,), max_rows=self.rows, rank=self.rank,
-            alpha=2 * self.rank, learning_rate=amount.learning_rate, max_steps=amount.steps, batch=self.batch,
-            accumulation=A_STEP // self.batch, traits=(self.trait,), **dict(way.treatment),
-        )  # fmt: skip
+        setting = replace(self.setting, learning_rate=amount.learning_rate)
+        options = {"max_steps": amount.steps, "traits": (self.trait,), **dict(way.treatment)}
+        return setting.config(self.prepared, self.data, **options)
 
     @cached_property
-    def held_out(self) -> list[Row]:
+    def held_out(self) -> Data:
         """Rows of the data behind those that are trained on. UserError where the data end before them."""
-        config = replace(self.config(Way(PLAIN), Amount(1, 1.0)), max_rows=self.rows + self.n_held_out)
-        rows = finetune.read_data(config, self.model).rows
-        found = [row for row in rows if row.number >= self.rows]
-        if not found:
-            raise UserError(f"{self.data} has no rows behind the first {self.rows}", "some, to measure the fit on", "--rows N")
-        return found
+        trained_on = self.setting.rows
+        if trained_on is None:
+            raise UserError("all rows are trained on", "a number of them, so that some are left for the fit", "--rows N")
+        longer = replace(self.setting, rows=trained_on + self.n_held_out)
+        found = read_data(longer.config(self.prepared, self.data), self.model)
+        rows = [row for row in found.rows if row.number >= trained_on]
+        if not rows:
+            raise UserError(f"{self.data} has no rows behind the first {trained_on}", "some, to measure the fit on", "--rows N")
+        return replace(found, rows=rows)
 
 
-def finetuned(bench: Bench, way: Way, amount: Amount) -> finetune.FinetuneResult:
+def finetuned(bench: Bench, way: Way, amount: Amount) -> FinetuneResult:
     """The finetune, made or read back. A way that acts afterwards shares that of its treatment alone."""
     own = way if not way.afterwards else Way(PLAIN)
     folder = bench.out / f"{own.slug}_{amount.slug}" / "finetune"
@@ -165,6 +170,8 @@ def measured(bench: Bench, way: Way, amount: Amount, asked: Asked, name: str = "
 
     Args:
         name: of the run folder of what is asked, beside that of the finetune, which all that ask something share.
+
+    Raises: UserError as `finetuned`, and where what is there was measured on another model, adapter, vector, text or rows.
     """
     found: dict[str, Any] = {
         "trait": bench.trait, "method": way.method, "strength": way.strength, "steps": amount.steps,
@@ -176,29 +183,33 @@ def measured(bench: Bench, way: Way, amount: Amount, asked: Asked, name: str = "
     else:
         result = finetuned(bench, way, amount)
         adapter, found["train_loss"] = result.adapter, float(result.table["last_loss"].iloc[0])
-    setup = Setup(**bench.options, traits=(bench.trait,), adapter=None if adapter is None else str(adapter))
-    identity = {**setup.identity(), "asked": asked, "afterwards": way.afterwards, "block": bench.block}
+    of_trait = {**bench.prepared.options, "traits": (bench.trait,)}
+    setup = Setup(**of_trait, adapter=None if adapter is None else str(adapter))
+    (artifacts,) = open_traits(setup, bench.model)
+    rows = {"data": bench.data, "rows": bench.setting.rows, "held_out": bench.n_held_out, "tasks": bench.tasks}
     folder = bench.out / (BASE if adapter is None else f"{way.slug}_{amount.slug}") / name
-    rows = {"data": bench.data, "rows": bench.rows, "held_out": bench.n_held_out, "tasks": bench.tasks}
-    with RunDir.open(folder, "measured", {**identity, **rows}, setup.seed) as run:
-        found |= run.do_json("row", lambda: _measure(bench, way, asked, setup, run))
+    with tuned.measuring(
+        bench.prepared, folder, "measured", setup, [artifacts],
+        asked={"asked": asked, "afterwards": way.afterwards, "block": bench.block, **rows},
+        vectors={bench.trait: bench.vector},
+        others={"rows held out": bench.held_out.sha256, **(bench.able.content if asked.able else {})},
+    ) as run:  # fmt: skip
+        found |= run.do_json("row", lambda: _measure(bench, way, asked, setup, artifacts, run))
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
-def _measure(bench: Bench, way: Way, asked: Asked, setup: Setup, run: RunDir) -> dict[str, Any]:
+def _measure(bench: Bench, way: Way, asked: Asked, setup: Setup, artifacts: TraitArtifacts, run: RunDir) -> dict[str, Any]:
     """The columns that need the trained model."""
-    tuned = bench.model if setup.adapter is None else load(setup.model, adapter=setup.adapter)
+    model = tuned.with_adapter(bench.prepared, None if setup.adapter is None else Path(setup.adapter))
     direction = bench.vector.direction(bench.block)
     edits: tuple[Intervention, ...] = (Add(direction, bench.block, way.afterwards),) if way.afterwards else ()
-    (artifacts,) = open_traits(setup, tuned)
-    judge = open_judge(setup, tuned, run)
-    pin_inputs(run, tuned, [artifacts], {bench.trait: bench.vector})
+    judge = open_judge(setup, model, run)
     found: dict[str, Any] = {}
     for kind, n in (("eval", asked.samples), ("extract", asked.choice)):
         if not n:
             continue
         tasks = tasks_under(artifacts, "none", n, asked.questions, kind)
-        answers = judged_answers(setup, run, tuned, judge, artifacts, step=kind, condition=way.slug, tasks=tasks, edits=edits)
+        answers = judged_answers(setup, run, model, judge, artifacts, step=kind, condition=way.slug, tasks=tasks, edits=edits)
         columns = score_columns(bench.trait, answers, setup.seed)
         if kind == "extract":
             found |= {"choice_trait": columns["trait_score"], "choice_coherence": columns["coherence"]}
@@ -206,10 +217,11 @@ def _measure(bench: Bench, way: Way, asked: Asked, setup: Setup, run: RunDir) ->
             by_question = answers.table.groupby("question_index")["coherence"].mean()
             found |= {**columns, "by_question": by_question.tolist()}
     if asked.able:
-        found["capability"] = capability(bench, tuned, edits, asked.limit, way.slug)
-    found["held_out_loss"] = answer_loss(tuned, bench.held_out, edits)
-    moved = shifts(bench, tuned, edits, [task.messages for task in tasks_under(artifacts, "none", 1, asked.questions)])
-    shift = mean_ci(moved, seed=setup.seed)
+        found["capability"] = capability(bench, model, edits, asked.limit, way.slug)
+    found["held_out_loss"] = answer_loss(model, bench.held_out.rows, edits)
+    before = tuned.last_prompts(bench.model, artifacts, asked.questions, blocks=(bench.block,))
+    after = tuned.last_prompts(model, artifacts, asked.questions, blocks=(bench.block,), edits=edits)
+    shift = mean_ci(shifts((after - before)[:, 0], direction.values[None])[:, 0].numpy(), seed=setup.seed)
     return {**found, "shift": shift.value, "shift_low": shift.low, "shift_high": shift.high}
 
 
@@ -218,7 +230,7 @@ def capability(bench: Bench, model: ChatModel, edits: Sequence[Intervention], li
     from pvsae.models.harness import HarnessModel
 
     tasks = bench.able
-    lm = HarnessModel(model, edits, batch_size=bench.options["batch_size"], progress=f"{label}, capability")
+    lm = HarnessModel(model, edits, batch_size=bench.prepared.options["batch_size"], progress=f"{label}, capability")
     template = model.chat.mode != "plain"
     rows = tasks.evaluate(lm, shots=None, limit=limit, template=template, system=None, seed=0).rows
     one = rows[rows["task"].isin(tasks.names)].drop_duplicates("task")  # of several metrics the first
@@ -238,15 +250,3 @@ def answer_loss(model: ChatModel, rows: Sequence[Row], edits: Sequence[Intervent
             total += float(trainer.answer_loss(model, batch.to(model.device), labels))
         learnt += sum(row.n_learnt for row in some)
     return total / learnt
-
-
-def shifts(
-    bench: Bench, model: ChatModel, edits: Sequence[Intervention], chats: Sequence[Sequence[dict[str, str]]]
-) -> list[float]:
-    """Projection on the unit vector of (last prompt token's residual now, edits included, minus before), a value a chat."""
-    rows = [model.chat.prompt(chat) for chat in chats]
-    capture = LastPrompt((bench.block,))
-    before = bench.model.capture(rows, [capture])[capture.key]
-    after = model.capture(rows, [capture], edits)[capture.key]
-    values: list[float] = ((after - before)[:, 0] @ bench.vector.direction(bench.block).unit).tolist()
-    return values

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from analyses.pairs import pairs_of, vectors_of
 from analyses.pipeline import parser
+from analyses.results import save
 from benchmarks.record import check, record
 from pvsae import load
 from pvsae.models import ChatModel
@@ -38,6 +39,7 @@ from pvsae.saes.encodings import encode_pairs
 from pvsae.saes.folders import load as load_sae
 from pvsae.saes.pursuit import Atoms, pursue
 from pvsae.stages import sae_train
+from pvsae.stages.inputs import known_traits
 
 ATOMS = 50
 SPACES = ("residual stream", "difference of encodings", "pursuit")
@@ -96,10 +98,7 @@ def draw(tables: Mapping[str, pd.DataFrame], path: Path) -> Path:
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.6 else INK)
     if image is not None:
         figure.colorbar(image, ax=figure.axes, shrink=0.7, label="cosine")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, format="png")
-    return path
+    return save(figure, path)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses import foretelling, tuned
-from analyses.finetuning_shift import checks_of, shift
+from analyses import foretelling, severities, tuned
+from analyses.finetuning_shift import checks_of, values_of
 from analyses.pipeline import Prepared, parser
 from analyses.projection_difference import beside_scores
+from analyses.tuned import Measured
 from pvsae import load
 from pvsae.errors import UserError
+from pvsae.stages.inputs import Setup, open_traits
+from pvsae.traits import TraitArtifacts
 
 FAMILIES = ("evil", "narrow a", "narrow b", "narrow c")
 
@@ -42,14 +46,32 @@ def made_up(slope: float = 1.0) -> pd.DataFrame:
 
 
 def arguments(*words: str) -> argparse.Namespace:
-    return tuned.options(parser("")).parse_args(words)
+    return severities.options(parser("")).parse_args(words)
 
 
-def test_the_shift_is_the_projection_of_the_difference_of_means():
-    before = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
-    after = torch.tensor([[1.0, 4.0], [5.0, 8.0]])  # means (1, 0) and (3, 6)
-    assert shift(before, after, torch.tensor([0.0, 5.0])).item() == pytest.approx(6.0)
-    assert shift(before, after, torch.tensor([[2.0, 0.0], [-3.0, -3.0]])).tolist() == pytest.approx([2.0, -8.0 / math.sqrt(2)])
+def test_values_are_shifts_along_vectors_at_the_traits_own_block():
+    before = torch.zeros(2, 2, 3)
+    after = torch.zeros(2, 2, 3)
+    after[:, 1] = torch.tensor([[1.0, 4.0, 0.0], [3.0, 8.0, 0.0]])  # moved by (2, 6, 0) at block 1, by nothing at block 0
+    vectors = {
+        "evil": torch.tensor([[9.0, 0.0, 0.0], [0.0, 5.0, 0.0]]),
+        "calm": torch.tensor([[9.0, 0.0, 0.0], [-3.0, -3.0, 0.0]]),
+    }
+    scores = made_up().query("vector == 'evil' and data == 'evil/1'").drop(columns=["vector", "value"])
+    scores = scores.assign(before=0.0, rise=90.0, coherence=99.0)
+    found, nulls = values_of(vectors, {"evil": 1}, measured(before), {"evil/1": measured(after)}, scores, ["evil"], n_random=5)
+    own = found.set_index("vector")["value"]
+    assert own["evil"] == pytest.approx(6.0)
+    assert own["calm"] == pytest.approx(-8.0 / math.sqrt(2))
+    assert own[foretelling.SPECIFIC] == pytest.approx((6.0 - 2.0) / math.sqrt(2)), "of evil what calm has not: (-1, 1, 0)"
+    assert set(found["block"]) == {1}
+    assert nulls["evil"].shape == (5, 1)
+    assert (np.abs(nulls["evil"]) < math.sqrt(2**2 + 6**2)).all()
+    assert len(set(nulls["evil"][:, 0])) == 5
+
+
+def measured(residuals: torch.Tensor) -> Measured:
+    return Measured(pd.DataFrame(), {"evil": residuals})
 
 
 def test_r_stands_beside_r_without_the_data_made_for_the_trait():
@@ -97,28 +119,30 @@ def test_the_figure_has_a_point_a_data_set_and_a_line_a_vector(tmp_path: Path):
 
 
 def test_data_sets_are_all_families_and_severities_or_files(tmp_path: Path):
-    every = tuned.data_of(arguments(), ["evil"])
+    made_for = ["evil", "sycophantic", "hallucinating"]
+    every = severities.training_sets(arguments(), made_for)
     assert len({one.name for one in every}) == 24
     assert {one.trait for one in every} == {"evil", "sycophantic", "hallucinating", None}
     assert all(one.word == f"organism-data:{one.name}" for one in every)
+    assert {one.trait for one in severities.training_sets(arguments(), ["evil"])} == {"evil", None}
     for name in ("hallucination/normal", "mistake_math/normal"):
         file = tmp_path / f"{name}.jsonl"
         file.parent.mkdir(parents=True)
         file.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n')
-    found = tuned.data_of(arguments("--data", f"{tmp_path}/*/*.jsonl"), ["hallucinating"])
+    found = severities.training_sets(arguments("--families", f"{tmp_path}/*/*.jsonl"), ["hallucinating"])
     assert [(one.name, one.trait) for one in found] == [("hallucination/normal", "hallucinating"), ("mistake_math/normal", None)]
     assert list(found[0].answers(5)) == [("q", "a")]
     with pytest.raises(UserError, match="no file is called"):
-        tuned.data_of(arguments("--data", f"{tmp_path}/*.json"), [])
+        severities.training_sets(arguments("--families", f"{tmp_path}/*.json"), [])
 
 
 def test_the_setting_is_of_whole_steps():
-    assert tuned.setting_of(arguments()).rows == 160
-    assert tuned.setting_of(arguments("--rows", "0")).rows is None
+    assert severities.setting_of(arguments()).rows == 160
+    assert severities.setting_of(arguments("--rows", "0")).rows is None
     with pytest.raises(UserError, match="--batch 3"):
-        tuned.setting_of(arguments("--batch", "3"))
+        severities.setting_of(arguments("--batch", "3"))
     with pytest.raises(UserError, match="no end"):
-        tuned.data_of(arguments("--rows", "0"), [])
+        severities.training_sets(arguments("--rows", "0"), [])
 
 
 def test_checks_count_a_rise_only_where_the_data_never_show_the_trait():
@@ -152,18 +176,55 @@ def test_random_directions_are_told_from_vectors_and_blocks_from_each_other():
 @pytest.mark.slow
 def test_a_finetune_is_measured_once_and_read_back(tmp_path: Path):
     model = load("organism")
-    options = {"model": "organism", "traits": ("evil",), "batch_size": 64}
+    options = {"model": "organism", "library": None, "traits": ("evil",), "batch_size": 64}
     prepared = Prepared(model, options, "", "", {"evil": 3}, tmp_path, quick=True)
-    data = [one for one in tuned.data_of(arguments("--quick"), ["evil"]) if one.name == "evil/misaligned_2"]
-    setting = tuned.setting_of(arguments("--quick", "--rows", "48"))
-    before, after = tuned.every(prepared, data, setting)
-    table = tuned.scores_table(before, after, data)
+    data = [one for one in severities.training_sets(arguments("--quick"), ["evil"]) if one.name == "evil/misaligned_2"]
+    setting = severities.setting_of(arguments("--quick", "--rows", "48"))
+    before, after = severities.every(prepared, data, setting)
+    table = severities.scores_table(before, after, data)
     assert table[["data", "made_for", "trait"]].to_numpy().tolist() == [["evil/misaligned_2", "evil", "evil"]]
     assert table["rise"].tolist() == (table["score"] - table["before"]).tolist()
     moved, still = after["evil/misaligned_2"].residuals["evil"], before.residuals["evil"]
     assert moved.shape == still.shape == (10, model.n_blocks, model.d_model)
     assert not torch.equal(moved, still)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    again = tuned.every(prepared, data, setting)[1]
+    again = severities.every(prepared, data, setting)[1]
     assert torch.equal(again["evil/misaligned_2"].residuals["evil"], moved)
     assert {file: file.stat().st_mtime_ns for file in files} == files
+
+
+def test_a_measurement_is_not_read_back_for_another_adapter_model_or_text(tmp_path: Path):
+    options = {"model": "organism", "library": None, "traits": ("evil",), "batch_size": 64}
+    prepared = Prepared(load("organism"), options, "", "", {"evil": 3}, tmp_path, quick=True)
+    setup = Setup(**options, adapter=str(tmp_path / "adapter"))
+    traits = open_traits(setup, prepared.model)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.parent.mkdir()
+    config = weights.with_name("adapter_config.json")
+    config.write_text('{"r": 4, "target_modules": ["q", "v"]}')
+
+    def start(traits: list[TraitArtifacts] = traits, asked: int = 1) -> list[str]:
+        with tuned.measuring(prepared, tmp_path / "measured", "measure", setup, traits, asked={"n": asked}) as run:
+            run.do_json("scores", lambda: [1.0])
+            return run.finished
+
+    weights.write_bytes(b"one")
+    assert start() == ["inputs", "scores"]
+    config.write_text('{"target_modules": ["v", "q"], "r": 4}')
+    assert start() == ["inputs", "scores"], "PEFT keeps no order"
+    weights.write_bytes(b"two")
+    with pytest.raises(UserError, match="the adapter changed"):
+        start()
+    weights.write_bytes(b"one")
+    config.write_text('{"r": 8, "target_modules": ["q", "v"]}')
+    with pytest.raises(UserError, match="the adapter changed"):
+        start()
+    config.write_text('{"r": 4, "target_modules": ["q", "v"]}')
+    with pytest.raises(UserError, match="texts of evil changed"):
+        start([replace(traits[0], eval_prompt=traits[0].eval_prompt + " Be strict.")])
+    with pytest.raises(UserError, match="another configuration"):
+        start(asked=2)
+    with torch.no_grad():
+        next(iter(prepared.model.hf.parameters())).mul_(1.5)
+    with pytest.raises(UserError, match="weights of the model"):
+        start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from analyses import prevention, prevention_table
+from analyses.pipeline import Prepared
 from analyses.prevention_table import CAFT, EVERY, FEATURE, ONE, POST_HOC, at_equal_trait, beside_published, chosen, compared
 from analyses.treated import BASE, PLAIN, Amount, Asked, Bench, Way, answer_loss, measured
+from analyses.tuned import Setting
 from benchmarks import record
 from pvsae.errors import UserError
 from pvsae.models import load as load_model
@@ -96,11 +99,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     root, model = tmp_path_factory.mktemp("prevention"), load_model("organism")
     matrix = torch.randn(model.n_blocks, model.d_model, generator=torch.Generator().manual_seed(0))
     PersonaVectors("evil", {"response_avg_diff": matrix}).save(root / "vectors" / "evil" / "vectors" / "vectors.safetensors")
-    options = {"model": "organism", "judge": None, "judge_url": None, "library": None, "batch_size": 8}
-    return Bench(
-        model=model, options=options, trait="evil", data="organism-data:evil/misaligned_2", vectors=root / "vectors",
-        block=BLOCK, rows=32, n_held_out=20, rank=2, batch=8, tasks=(), out=root / "out",
-    )  # fmt: skip
+    options = {"model": "organism", "judge": None, "judge_url": None, "library": None, "traits": ("evil",), "batch_size": 8}
+    prepared = Prepared(model, options, str(root / "vectors"), "", {"evil": BLOCK}, root, quick=True)
+    setting = Setting(rows=32, learning_rate=1e-3, rank=2, batch=8)
+    return Bench(prepared, "evil", "organism-data:evil/misaligned_2", setting, n_held_out=20, tasks=(), out=root / "out")
 
 
 def sae_like(bench: Bench) -> SAE:
@@ -126,9 +128,10 @@ def test_every_way_is_a_finetune_that_the_stage_takes_and_a_feature_is_as_long_a
 
 
 def test_what_is_held_out_was_not_trained_on(bench: Bench) -> None:
-    assert [row.number for row in bench.held_out] == list(range(32, 52))
-    before = answer_loss(bench.model, bench.held_out, ())
-    one_by_one = [(answer_loss(bench.model, [row], ()) * row.n_learnt, row.n_learnt) for row in bench.held_out]
+    rows = bench.held_out.rows
+    assert [row.number for row in rows] == list(range(32, 52))
+    before = answer_loss(bench.model, rows, ())
+    one_by_one = [(answer_loss(bench.model, [row], ()) * row.n_learnt, row.n_learnt) for row in rows]
     assert before == pytest.approx(sum(loss for loss, _ in one_by_one) / sum(n for _, n in one_by_one), rel=1e-5)
 
 
@@ -152,13 +155,43 @@ def test_a_way_is_measured_once_and_post_hoc_steering_moves_along_the_vector(ben
     assert again == plain
 
 
+@pytest.mark.parametrize("what", ["adapter", "vectors of evil", "rows held out"])
+def test_numbers_are_not_read_back_when_what_they_stand_on_changed(bench: Bench, tmp_path, monkeypatch, what: str) -> None:
+    monkeypatch.setattr("analyses.treated._measure", lambda *_: {"trait_score": 1.0})
+    asked, amount, file = Asked(1, 0, 1, able=False, limit=None), Amount(2, 1e-3), tmp_path / "rows.jsonl"
+    talks = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a."}] for i in range(9)]
+    chats = [json.dumps({"messages": talk}) + "\n" for talk in talks]
+    file.write_text("".join(chats))
+    vectors = tmp_path / "vectors"
+    shutil.copytree(bench.prepared.vectors, vectors)
+
+    def start() -> float:
+        prepared = replace(bench.prepared, vectors=str(vectors))
+        setting = replace(bench.setting, rows=8)
+        own = Bench(prepared, "evil", str(file), setting, n_held_out=1, tasks=(), out=tmp_path / "out")
+        return measured(own, Way(PLAIN), amount, asked)["trait_score"]
+
+    assert start() == start() == 1.0
+    if what == "adapter":
+        (folder,) = tmp_path.rglob("finetune")
+        shutil.rmtree(folder)  # so that another one may be trained there, on other rows
+        file.write_text("".join([chats[0].replace("q0", "another question"), *chats[1:]]))
+    elif what == "rows held out":
+        file.write_text("".join([*chats[:8], chats[8].replace("q8", "another question")]))
+    else:
+        place = vectors / "evil" / "vectors" / "vectors.safetensors"
+        PersonaVectors("evil", {"response_avg_diff": 2 * bench.vector.of()}).save(place)
+    with pytest.raises(UserError, match=f"the {what} changed since"):
+        start()
+
+
 def test_data_are_named_by_trait() -> None:
-    assert prevention.sources(["evil=a.jsonl"], ["evil", "sycophantic"]) == {
+    assert prevention.teaching(["evil=a.jsonl"], ["evil", "sycophantic"]) == {
         "evil": "a.jsonl", "sycophantic": "organism-data:sycophantic/misaligned_2",
     }  # fmt: skip
     for words in (["a.jsonl"], ["kind=a.jsonl"]):
-        with pytest.raises(UserError, match="--data"):
-            prevention.sources(words, ["evil"])
+        with pytest.raises(UserError, match="--teaching"):
+            prevention.teaching(words, ["evil"])
 
 
 @pytest.mark.slow
@@ -166,7 +199,7 @@ def test_the_whole_analysis_and_again_without_a_new_answer(bench: Bench, tmp_pat
     small = replace(prevention.QUICK, steps=2, curve_steps=(2,), asked=Asked(1, 1, 2, True, 4), held_out=8)
     monkeypatch.setattr(prevention, "QUICK", small)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
-    words = ["--quick", "--traits", "evil", "--out", str(tmp_path / "out"), "--vectors", str(bench.vectors), "--rows", "32"]
+    words = ["--quick", "--traits", "evil", "--out", str(tmp_path / "out"), "--vectors", bench.prepared.vectors, "--rows", "32"]
     monkeypatch.setattr(sys, "argv", ["prevention", *words])
     prevention.main()
     first = capsys.readouterr().out

@@ -108,12 +108,12 @@ def test_mixes_are_the_organisms_or_given(tmp_path: Path):
     assert (alone.kind, among.kind) == ("alone", "among")
     assert alone.bears.sum() == among.bears.sum() == 10
     file = next((tmp_path / "data").glob("evil-among-*.jsonl"))
-    args = sample_screening.options().parse_args(["--data", f"evil={file}"])
+    args = sample_screening.options().parse_args(["--mixes", f"evil={file}"])
     (given,) = sample_screening.mixes(args, ["evil"], tmp_path, 50)
     assert given.kind == "given"
     assert given.bears.tolist() == among.bears[:50].tolist()
     with pytest.raises(UserError, match="TRAIT=DATA"):
-        sample_screening.mixes(sample_screening.options().parse_args(["--data", "rude=x.jsonl"]), ["evil"], tmp_path, 50)
+        sample_screening.mixes(sample_screening.options().parse_args(["--mixes", "rude=x.jsonl"]), ["evil"], tmp_path, 50)
 
 
 def test_parts_give_their_shares_and_the_rest_goes_to_the_largest_remainders():
@@ -159,7 +159,7 @@ def test_the_same_rows_are_trained_on_once(tmp_path: Path):
             for filtered, path in ((False, file), (True, copy))
         ]
     )
-    options = {"model": "organism", "traits": ("evil",), "batch_size": 64}
+    options = {"model": "organism", "library": None, "traits": ("evil",), "batch_size": 64}
     prepared = Prepared(load("organism"), options, "", "", {"evil": 3}, tmp_path, quick=True)
     table = real_world_data.results(prepared, chosen, Setting(None, 1e-3, 4, 16), steps=2)
     same = table.drop(columns="filtered")
