@@ -59,7 +59,7 @@ def values_of(
         block = blocks[trait]
         own = scores[scores["trait"] == trait]
         random = torch.randn(n_random, before.residuals[trait].shape[-1], generator=torch.Generator().manual_seed(block))
-        along = {**vectors, foretelling.SPECIFIC: foretelling.specific(vectors, trait)}
+        along = {**vectors, foretelling.SPECIFIC: foretelling.specific_part(vectors, trait)}
         directions = torch.cat([torch.stack([rows[block] for rows in along.values()]), random])
         start = before.residuals[trait][:, block]
         moved = [shifts(after[name].residuals[trait][:, block] - start, directions).mean(0) for name in own["data"]]

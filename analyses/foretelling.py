@@ -8,9 +8,9 @@ whole families. The data sets made to show a trait are the easy half of the rang
 range of scores that is left: where all of these are alike, it is the r of noise.
 
 Traits' vectors have much in common: all of them point from a model kept plain to one that shows something, and so a value along
-one of them is in part a value of any trait. The specific part of a vector (`specific`) is what is left of it when the others'
-vectors are taken out; it stands beside the vector itself, under the name "specific". It is no part of the paper's method, and was
-thought of when the plain vectors' figures were known.
+one of them is in part a value of any trait. The specific part of a vector (vectors/specificity.py) is what is left of it when the
+others' vectors are taken out; it stands beside the vector itself, under the name "specific". It is no part of the paper's method,
+and was thought of when the plain vectors' figures were known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,6 +29,7 @@ from torch import Tensor
 from analyses.results import save
 from pvsae.reports.figures import BLUE, CYCLE, GREEN, GREY, INK, PALE, RED
 from pvsae.stages.statistics import correlation, pearson, rank_correlation
+from pvsae.vectors.specificity import specific_rows
 
 SPREAD = 10.0  # points of trait score; r over a smaller range is not shown
 SPECIFIC = "specific"
@@ -39,17 +39,9 @@ Nulls = Mapping[str, Float[np.ndarray, "directions data"]]
 """Trait -> values of the data sets, in the order of the table, along random directions."""
 
 
-def specific(vectors: Mapping[str, Float[Tensor, "n_blocks d"]], trait: str) -> Float[Tensor, "n_blocks d"]:
-    """A trait's vector less its projection on the span of the other traits' vectors, block by block; itself where there is no
-    other."""
-    others = [rows for name, rows in vectors.items() if name != trait]
-    if not others:
-        return vectors[trait].clone()
-    out = []
-    for block, v in enumerate(vectors[trait].double()):
-        basis = torch.linalg.qr(torch.stack([rows[block] for rows in others], dim=1).double()).Q
-        out.append(v - basis @ (basis.T @ v))
-    return torch.stack(out).float()
+def specific_part(vectors: Mapping[str, Float[Tensor, "n_blocks d"]], trait: str) -> Float[Tensor, "n_blocks d"]:
+    """A trait's vectors less what other traits' share with them, block by block; themselves where there is no other."""
+    return specific_rows(vectors[trait], [rows for name, rows in vectors.items() if name != trait])
 
 
 def correlations(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

@@ -62,7 +62,7 @@ def specific_parts(prepared: Prepared, traits: Sequence[str]) -> list[str]:
     files = []
     for trait in traits:
         path = prepared.out / "projection_difference" / "specific" / f"{SPECIFIC}-{trait}.safetensors"
-        PersonaVectors(path.stem, {STATISTIC: foretelling.specific(vectors, trait)}).save(path)
+        PersonaVectors(path.stem, {STATISTIC: foretelling.specific_part(vectors, trait)}).save(path)
         files.append(str(path))
     return files
 

@@ -91,9 +91,9 @@ def test_r_stands_beside_r_without_the_data_made_for_the_trait():
 def test_the_specific_part_is_what_no_other_vector_shares():
     shared = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])  # another one in each of two blocks
     vectors = {"a": 3 * shared + torch.tensor([0.0, 0.0, 2.0, 0.0]), "b": -2 * shared}
-    assert foretelling.specific(vectors, "a").numpy() == pytest.approx(np.array([[0.0, 0.0, 2.0, 0.0]] * 2), abs=1e-6)
-    assert foretelling.specific(vectors, "b").norm(dim=1).tolist() == pytest.approx([2 * 2 / math.sqrt(13)] * 2)
-    assert torch.equal(foretelling.specific({"a": vectors["a"]}, "a"), vectors["a"])
+    assert foretelling.specific_part(vectors, "a").numpy() == pytest.approx(np.array([[0.0, 0.0, 2.0, 0.0]] * 2), abs=1e-6)
+    assert foretelling.specific_part(vectors, "b").norm(dim=1).tolist() == pytest.approx([2 * 2 / math.sqrt(13)] * 2)
+    assert torch.equal(foretelling.specific_part({"a": vectors["a"]}, "a"), vectors["a"])
 
 
 def test_nulls_are_compared_without_their_sign():

@@ -41,14 +41,14 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> No
 
 def _run(args: argparse.Namespace) -> None:
     from pvsae.errors import UserError
-    from pvsae.stages.inputs import read_vectors, stored_traits
+    from pvsae.stages.inputs import known_traits, read_vectors
     from pvsae.vectors.persona import DEFAULT_STATISTIC
     from pvsae.vectors.specificity import shares, specific
 
     statistic = getattr(args, "statistic", DEFAULT_STATISTIC)
     found = {}
     for path in args.vectors:
-        for trait in stored_traits(path) or [""]:  # of nothing, reading says what is wrong
+        for trait in known_traits((), path):
             if trait in found:
                 raise UserError(f"two vectors of {trait!r} are given", "one of each trait")
             found[trait] = read_vectors(path, trait, statistic)
