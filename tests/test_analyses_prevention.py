@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from analyses import prevention, prevention_table
-from analyses.pipeline import Prepared
+from analyses.pipeline import Prepared, parser_of_given, prepare_given
 from analyses.prevention_table import CAFT, EVERY, FEATURE, ONE, POST_HOC, at_equal_trait, beside_published, chosen, compared
 from analyses.treated import BASE, PLAIN, Amount, Asked, Bench, Way, answer_loss, measured
 from analyses.tuned import Setting
@@ -183,6 +183,16 @@ def test_numbers_are_not_read_back_when_what_they_stand_on_changed(bench: Bench,
         PersonaVectors("evil", {"response_avg_diff": 2 * bench.vector.of()}).save(place)
     with pytest.raises(UserError, match=f"the {what} changed since"):
         start()
+
+
+def test_given_vectors_are_taken_and_nothing_is_swept(bench: Bench, tmp_path: Path) -> None:
+    words = ["--vectors", bench.prepared.vectors, "--out", str(tmp_path / "out")]
+    for block, expected in ((["--block", "1"], 1), ([], bench.model.defaults["block"])):
+        found = prepare_given(parser_of_given("").parse_args([*words, *block]), ["evil"])
+        assert (found.vectors, found.blocks, found.options["traits"]) == (bench.prepared.vectors, {"evil": expected}, ("evil",))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="block 99"):
+        prepare_given(parser_of_given("").parse_args([*words, "--block", "99"]), ["evil"])
 
 
 def test_data_are_named_by_trait() -> None:
