@@ -200,7 +200,7 @@ def measured(bench: Bench, way: Way, amount: Amount, asked: Asked, name: str = "
 
 def _measure(bench: Bench, way: Way, asked: Asked, setup: Setup, artifacts: TraitArtifacts, run: RunDir) -> dict[str, Any]:
     """The columns that need the trained model."""
-    model = tuned.with_adapter(bench.prepared, None if setup.adapter is None else Path(setup.adapter))
+    model = tuned.with_adapter(bench.prepared, setup)
     direction = bench.vector.direction(bench.block)
     edits: tuple[Intervention, ...] = (Add(direction, bench.block, way.afterwards),) if way.afterwards else ()
     judge = open_judge(setup, model, run)

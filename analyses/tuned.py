@@ -101,7 +101,7 @@ def measure(prepared: Prepared, folder: Path, adapter: Path | None = None) -> Me
 
         @cache
         def model() -> ChatModel:
-            return with_adapter(prepared, adapter)
+            return with_adapter(prepared, setup)
 
         def scores() -> pd.DataFrame:
             judge, rows = open_judge(setup, model(), run), []
@@ -146,9 +146,9 @@ def measuring(
         yield run
 
 
-def with_adapter(prepared: Prepared, adapter: Path | None) -> ChatModel:
-    """The model with an adapter, loaded anew; without one, the model that is there."""
-    return prepared.model if adapter is None else load(prepared.options["model"], adapter=str(adapter))
+def with_adapter(prepared: Prepared, setup: Setup) -> ChatModel:
+    """The model with the setup's adapter, loaded anew; without one, the model that is there."""
+    return prepared.model if setup.adapter is None else load(setup.model, adapter=setup.adapter)
 
 
 def last_prompts(
