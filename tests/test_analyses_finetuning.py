@@ -16,6 +16,7 @@ from analyses import foretelling, severities, tuned
 from analyses.finetuning_shift import checks_of, values_of
 from analyses.pipeline import Prepared, parser
 from analyses.projection_difference import beside_scores
+from analyses.results import records, write
 from analyses.tuned import Measured
 from pvsae import load
 from pvsae.errors import UserError
@@ -116,6 +117,14 @@ def test_the_figure_has_a_point_a_data_set_and_a_line_a_vector(tmp_path: Path):
     table = foretelling.correlations(values)
     file = foretelling.draw(values, table, {"evil": np.linspace(-1, 1, 30)}, "shift", tmp_path / "new" / "shift.png")
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_lie_in_the_folder_and_records_are_short(tmp_path: Path):
+    table = pd.DataFrame({"name": ["a", "b"], "value": [1 / 3, 2.0]})
+    write(tmp_path / "new", one=table, two=table.head(1))
+    assert pd.read_csv(tmp_path / "new" / "one.csv").equals(table)
+    assert len(pd.read_csv(tmp_path / "new" / "two.csv")) == 1
+    assert records(table) == [{"name": "a", "value": 0.3333}, {"name": "b", "value": 2.0}]
 
 
 def test_data_sets_are_all_families_and_severities_or_files(tmp_path: Path):
