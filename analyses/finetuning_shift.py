@@ -11,7 +11,7 @@ the shift: projection on the unit persona vector of the mean last-prompt-token r
 
 Beside r stand: other traits' vectors at the same block, random directions, the rank correlation, and r without the data sets
 that are made to show the trait, which by themselves spread the scores from 0 to 100; and r along the specific part of the vector
-(foretelling.py), since vectors of different traits have much in common.
+(foretelling.py), since vectors of different traits have much in common. A table has r at every block.
 
 Knows: whose shift is held against which score, the checks, the choice of the setting. Does not know: how finetunes are made and
 scored (severities.py, tuned.py), how a shift is computed (stages/shifts.py), correlations (foretelling.py).
@@ -144,16 +144,20 @@ def main() -> None:
     values, random = values_of(vectors, prepared.blocks, before, after, scores, traits, args.null)
     correlations, nulls = foretelling.correlations(values), foretelling.null_rs(values, random)
     table = foretelling.summary(correlations, nulls)
+    every_block = [dict.fromkeys(traits, block) for block in range(prepared.model.n_blocks)]
+    at = [values_of(vectors, blocks, before, after, scores, traits, 0)[0] for blocks in every_block]
+    by_block = foretelling.by_block(pd.concat(at, ignore_index=True))
     narrow = unseen(prepared, data, scores)
     folder = prepared.out / "finetuning_shift"
-    write(folder, scores=scores, shifts=values, correlations=correlations, summary=table, narrow=narrow)
+    write(folder, scores=scores, shifts=values, correlations=correlations, summary=table, by_block=by_block, narrow=narrow)
     figure = foretelling.draw(values, correlations, nulls, "shift", folder / "shift.png")
     show(scores, table, narrow, prepared.blocks)
+    print(f"\nr by block\n{by_block.round(2).to_string(index=False)}")
     print(f"\nfigure: {figure}\ntables: {folder}/*.csv")
     details = {
         "setting": setting.name, "blocks": prepared.blocks, "published": PUBLISHED, "summary": records(table),
         "correlations": records(correlations), "scores": records(scores),
-        "narrow": records(narrow),
+        "narrow": records(narrow), "by block": records(by_block),
     }  # fmt: skip
     record(f"finetuning_shift_{prepared.out.name}", checks_of(scores, narrow, table), details)
 

@@ -63,6 +63,15 @@ def correlations(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_block(values: pd.DataFrame) -> pd.DataFrame:
+    """A row a trait and block of a table of values that has several blocks: r along the trait's vector, r_specific."""
+    rows = []
+    for (trait, block), part in values.groupby(["trait", "block"], sort=False):
+        along = {vector: pearson(one["value"], one["score"]) for vector, one in part.groupby("vector")}
+        rows.append({"trait": trait, "block": block, "r": along[trait], "r_specific": along[SPECIFIC]})
+    return pd.DataFrame(rows)
+
+
 def null_rs(values: pd.DataFrame, nulls: Nulls) -> dict[str, np.ndarray]:
     """Trait -> r of every random direction's values with the scores [directions]."""
     found = {}

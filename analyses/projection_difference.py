@@ -68,22 +68,29 @@ def specific_parts(prepared: Prepared, traits: Sequence[str]) -> list[str]:
 
 
 def screened(
-    prepared: Prepared, data: Sequence[TrainingSet], rows: int | None, traits: Sequence[str], n_random: int
+    prepared: Prepared,
+    data: Sequence[TrainingSet],
+    rows: int | None,
+    traits: Sequence[str],
+    blocks: Sequence[int],
+    n_random: int,
+    name: str,
 ) -> pd.DataFrame:
     """A row a data set, vector (random ones too) and block: dp, dp_prompt_last and what else the stage `screen` finds.
 
     Args:
         rows: only the first so many of each data set.
+        name: of the run folder; base answers are shared by all.
     """
     options = {name: value for name, value in prepared.options.items() if name != "traits"}
     config = ScreenConfig(
         data=tuple(one.source(rows) for one in data),
         vectors=(prepared.vectors, *specific_parts(prepared, traits), *random_vectors(prepared, n_random)),
-        blocks=tuple(sorted({prepared.blocks[trait] for trait in traits})),
+        blocks=tuple(blocks),
         answers=str(prepared.out / "projection_difference" / "answers"),
         **options,
     )
-    table = screen.run(config, prepared.out / "projection_difference" / "screen", model=prepared.model).table
+    table = screen.run(config, prepared.out / "projection_difference" / name, model=prepared.model).table
     names = dict(zip(dict.fromkeys(table["data"]), (one.name for one in data), strict=True))
     return table.assign(data=table["data"].map(names))
 
@@ -124,12 +131,14 @@ def main() -> None:
     made.add_argument(
         "--screened", type=int, default=200, help="rows of each data set that are screened; 0 for those trained on (default: 200)"
     )
+    made.add_argument("--by-block", action="store_true", help="r at every block as well, by another pass over the data")
     args = made.parse_args()
     prepared = prepare(args)
     setting, data = severities.setting_of(args), severities.training_sets(args, list(prepared.blocks))
     traits = list(dict.fromkeys(one.trait for one in data if one.trait))
     most = args.screened or setting.rows
-    found = screened(prepared, data, most, traits, args.null)
+    blocks = sorted({prepared.blocks[trait] for trait in traits})
+    found = screened(prepared, data, most, traits, blocks, args.null, "screen")
     before, after = severities.every(prepared, data, setting)
     scores = severities.scores_table(before, after, data)
     values, random = beside_scores(found, scores, traits, prepared.blocks)
@@ -140,17 +149,25 @@ def main() -> None:
     table["r_prompt_last"], table["r_prompt_last_specific"] = approximation["r"], approximation["r_specific"]
     folder: Path = prepared.out / "projection_difference"
     write(folder, screened=found, values=values, correlations=correlations, summary=table)
+    by_block = pd.DataFrame()
+    if args.by_block:
+        everywhere = screened(prepared, data, most, traits, range(prepared.model.n_blocks), 0, "screen-every-block")
+        at = [beside_scores(everywhere, scores, traits, dict.fromkeys(traits, b))[0] for b in range(prepared.model.n_blocks)]
+        by_block = foretelling.by_block(pd.concat(at, ignore_index=True))
+        write(folder, by_block=by_block)
     figure = foretelling.draw(values, correlations, nulls, "dP", folder / "dp.png")
     own = values[values["trait"] == values["vector"]]
     print(own[["data", "trait", "value", "score"]].round(2).to_string(index=False))
     print(f"\n{table.round(3).to_string(index=False)}")
+    if args.by_block:
+        print(f"\nr by block\n{by_block.round(2).to_string(index=False)}")
     low, high = PUBLISHED["r"]
     print(f"\nr of dP and score: ours {table['r'].min():.2f} to {table['r'].max():.2f}, published {low} to {high}")
     print(f"\nfigure: {figure}\ntables: {folder}/*.csv")
     details = {
         "setting": setting.name, "rows screened": most, "blocks": prepared.blocks, "published": PUBLISHED,
         "summary": records(table), "correlations": records(correlations),
-        "values": records(own),
+        "values": records(own), "by block": records(by_block),
     }  # fmt: skip
     record(f"projection_difference_{prepared.out.name}", checks_of(table), details)
 

@@ -71,6 +71,16 @@ def test_values_are_shifts_along_vectors_at_the_traits_own_block():
     assert len(set(nulls["evil"][:, 0])) == 5
 
 
+def test_r_by_block_is_that_of_the_blocks_own_values():
+    first, second = made_up().assign(block=0), made_up().assign(block=1)
+    second.loc[second["vector"] == "evil", "value"] *= -1
+    both = pd.concat([first, second], ignore_index=True)
+    table = foretelling.by_block(both[both["trait"] == "evil"]).set_index("block")
+    r = foretelling.correlations(made_up()).set_index("vector")["r"]
+    assert table["r"].tolist() == pytest.approx([r["evil"], -r["evil"]])
+    assert table["r_specific"].tolist() == pytest.approx([r[foretelling.SPECIFIC]] * 2)
+
+
 def measured(residuals: torch.Tensor) -> Measured:
     return Measured(pd.DataFrame(), {"evil": residuals})
 
