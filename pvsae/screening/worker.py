@@ -3,8 +3,9 @@
 Knows: how a part becomes a shard (rows, base answers, one forward pass for all probes), and which shards are there already.
 Does not know: what the numbers mean for a trait, in which order parts come, or who else works.
 
-What a shard holds depends on the job and its part alone, and a base answer on its prompt, the sampling and the weights alone. So
-it does not matter who computes which shard, how often it is started again, or what it finds in the cache.
+What a shard holds depends on the job and its part alone, and on a CPU a base answer on its prompt, the sampling and the weights
+alone. So it does not matter who computes which shard, how often it is started again, or what it finds in the cache: on a CPU to the
+same bits. On a GPU the batches, which are other ones after a kill, change the last bits of logits, and now and then a sampled token.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pvsae.parts import Part, records
+from pvsae.parts import Part, Record, records
 from pvsae.screening.answers import Answer, Answers
 from pvsae.screening.files import is_whole, read_note, save_table
 from pvsae.screening.reading import Probe, read
@@ -127,9 +128,7 @@ class Worker:
         started = time.monotonic()
         base, spent = self._base(data, part, [r.row for r in found], rows)
         generated = time.monotonic()
-        table, tokens = self._table(rows, base)
-        table.insert(0, "row", [r.row for r in found])
-        table.insert(1, "line", [r.line for r in found])
+        table, tokens = self._table(found, rows, base)
         note = {
             "about": self.job.about(data, part),
             "rows": len(table),
@@ -173,7 +172,9 @@ class Worker:
         samples = range(self.job.n_samples)
         return [[found[_key(row, k)] for k in samples] if asked else None for row, asked in zip(rows, wanted, strict=True)], spent
 
-    def _table(self, rows: Sequence[Prepared], base: Sequence[list[Answer] | None]) -> tuple[pd.DataFrame, dict[str, int]]:
+    def _table(
+        self, places: Sequence[Record], rows: Sequence[Prepared], base: Sequence[list[Answer] | None]
+    ) -> tuple[pd.DataFrame, dict[str, int]]:
         """A row of numbers for each row, all probes from the same forward passes over the data's and the base model's answers."""
         whole: list[Rendered] = []
         own: list[int] = []  # place in `whole` -> row, for the data's answers; then for the base model's
@@ -200,7 +201,9 @@ class Worker:
         index = torch.tensor(theirs, dtype=torch.long)
         n_base = torch.zeros(len(rows)).index_add_(0, index, torch.ones(len(theirs)))
         base_proj = torch.zeros(shape).index_add_(0, index, values.proj[len(own) :]) / n_base[:, None]  # 0 / 0: none
-        columns: dict[str, Any] = {
+        columns: dict[str, Any] = {  # all at once: pandas warns of frames that many columns were put into one by one
+            "row": [place.row for place in places],
+            "line": [place.line for place in places],
             "status": [row.status for row in rows],
             "reason": [row.reason for row in rows],
             "prompt": [row.key for row in rows],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +334,22 @@ def test_wrong_options_and_inputs_are_said_before_any_work(config, model, tmp_pa
         with pytest.raises(UserError, match=said):
             screen.run(one, tmp_path / "wrong", model=model)
         shutil.rmtree(tmp_path / "wrong", ignore_errors=True)
+
+
+def test_many_probes_make_a_table_in_one_piece(config, model, tmp_path, vectors) -> None:
+    """Frames of more than 100 blocks that single columns are put into are slow, and pandas warns of them."""
+    many = []
+    for i in range(40):
+        values = torch.randn(model.n_blocks, model.d_model, generator=torch.Generator().manual_seed(i))
+        many.append(str(PersonaVectors(f"t{i}", {"response_avg_diff": values}).save(tmp_path / f"t{i}.safetensors")))
+    some = replace(config(base="none", blocks=(1,)), vectors=tuple(many))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.PerformanceWarning)
+        result = screen.run(some, tmp_path / "run", model=model)
+    assert len(result.probes) == 40
+    rows = read_rows(result.rows["data"])
+    assert rows.columns[:3].tolist() == ["row", "line", "status"]
+    assert rows["line"].tolist() == list(range(1, 11))
 
 
 def test_a_wrong_filter_is_said_before_anything_is_generated(
