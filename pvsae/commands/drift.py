@@ -54,5 +54,6 @@ def add_parser(
     group.add_argument("--no-scores", dest="scores", action="store_false", help="do not have the answers judged")
     group.add_argument("--sae", metavar="DICTIONARY", help="folder, or RELEASE/ID: which of its features moved most")
     group.add_argument("--sae-block", type=int, metavar="B", help="its block, where it does not say which")
+    group.add_argument("--other-model", action="store_true", help="take a dictionary of another model of its width all the same")
     group.add_argument("--top", type=int, metavar="N", help="features of each list (default: 20)")
     group.add_argument("--batch-tokens", type=int, metavar="N", help="tokens a forward pass of the reading (default: 4096)")

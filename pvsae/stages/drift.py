@@ -59,6 +59,7 @@ class DriftConfig(Setup):
         max_questions, n_samples: evaluation questions of each trait (None: all), answers to each.
         sae: a dictionary (folder or RELEASE/ID), for the features that moved most.
         sae_block: its block, where it does not say which.
+        other_model: take a dictionary of another model of the same width all the same.
         top: features of each list in the table.
         batch_tokens: tokens a forward pass of the reading.
     """
@@ -74,6 +75,7 @@ class DriftConfig(Setup):
     n_samples: int = 1
     sae: str | None = None
     sae_block: int | None = None
+    other_model: bool = False
     top: int = 20
     batch_tokens: int = 4096
 
@@ -86,8 +88,8 @@ class DriftConfig(Setup):
             raise UserError("a dictionary without answers", "answers to read it on", "leave --sae or --no-answers out")
 
     def identity(self) -> dict[str, Any]:
-        """As of every stage; how many tokens a forward pass takes changes no number."""
-        return {name: value for name, value in super().identity().items() if name != "batch_tokens"}
+        """As of every stage; how many tokens a forward pass takes changes no number, nor does what is allowed."""
+        return {name: value for name, value in super().identity().items() if name not in ("batch_tokens", "other_model")}
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class _Job:
 
             sae = load(config.sae, device=base.device).in_memory()
             sae_block = check_block(sae, base, config.sae_block)
+            sae = sae.check_trained_on(base.name, config.other_model)
         shape = (base.n_blocks, base.d_model)
         judge = (judge or open_judge(config, base, folder)) if wanted else None
         return cls(config, TwoModels(config, folder, traits, judge, sae, sae_block, shape), vectors, blocks)
@@ -252,19 +255,20 @@ class _Job:
 
     def profile(self) -> pd.DataFrame:
         """The shift along every trait at every block, by reading and prompts."""
-        base = self.models.residuals("base/prompts")
+        prompts = self.models.residuals("base/prompts")
         questions = [
             (a.name, task.question_index) for a in self.models.traits for task in tasks_of(self.config, a) if task.sample == 0
         ]
         answers = [(a.name, task.question_index) for a in self.models.traits for task in tasks_of(self.config, a)]
-        readings = {LAST_PROMPT: (self.models.residuals("tuned/prompts") - base, questions)}
+        # Of each reading: the move, what the base had there (its spread is a null of its own), and the questions.
+        readings = {LAST_PROMPT: (self.models.residuals("tuned/prompts") - prompts, prompts, questions)}
         if self.config.answers:
             plain = self.models.residuals("base/reads_base")
-            readings[OWN_ANSWER] = (self.models.residuals("tuned/reads_tuned") - plain, answers)
-            readings[SAME_ANSWER] = (self.models.residuals("tuned/reads_base") - plain, answers)
+            readings[OWN_ANSWER] = (self.models.residuals("tuned/reads_tuned") - plain, plain, answers)
+            readings[SAME_ANSWER] = (self.models.residuals("tuned/reads_base") - plain, plain, answers)
         matrices = {name: found.of(self.config.statistic) for name, found in self.vectors.items()}
         parts = []
-        for reading, (moved, units) in readings.items():
+        for reading, (moved, base, units) in readings.items():
             whole = shift_table(moved, base, matrices, units, seed=self.config.seed)
             parts.append(whole.assign(reading=reading, prompts=ALL))
             for trait in matrices:
@@ -360,7 +364,7 @@ def _summary(job: _Job, table: pd.DataFrame, scores: pd.DataFrame | None, featur
     notes = [
         f"All {len(job.models.traits)} traits together explain at most {whole['explained'].max():.0%} of the mean move's square.",
         "random_limit and natural_limit are what 95% of random directions stay below: isotropic ones, and ones that vary as the "
-        "base's own residuals do. joint is the shift that is left to a trait when all are fitted together.",
+        "base's own residuals do at the same tokens. joint is the shift that is left to a trait when all are fitted together.",
     ]
     if features is not None:
         notes.append(

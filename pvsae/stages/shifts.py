@@ -40,7 +40,7 @@ def _units(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]
 
 def shift_table(
     moved: Float[Tensor, "rows n_blocks d_model"],
-    base: Float[Tensor, "prompts n_blocks d_model"],
+    base: Float[Tensor, "base_rows n_blocks d_model"],
     vectors: Mapping[str, Float[Tensor, "n_blocks d_model"]],
     groups: Sequence[object] | None = None,
     *,
@@ -51,7 +51,8 @@ def shift_table(
 
     Args:
         moved: tuned minus base, a row a prompt (or answer); rows that are NaN count for nothing.
-        base: residuals of the base model, whose spread shapes the second null.
+        base: residuals of the base model at the same kind of tokens (prompts for prompts, answers for answers, whose spreads
+            differ), which shape the second null; rows that are NaN count for nothing.
         vectors: trait -> vectors; a zero row is a block without a vector, and is left out.
         groups: the question of each row, the unit of the intervals; None takes each row for itself.
 
@@ -64,6 +65,7 @@ def shift_table(
     good = torch.isfinite(moved).all(2).all(1)
     x = moved[good].double()
     labels = None if groups is None else [group for group, one in zip(groups, good.tolist(), strict=True) if one]
+    base = base[torch.isfinite(base).all(2).all(1)]
     generator = torch.Generator().manual_seed(seed)
     d_model = moved.shape[2]
     isotropic = torch.randn(n_null, d_model, generator=generator, dtype=torch.float64)

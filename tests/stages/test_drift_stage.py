@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -132,6 +133,45 @@ def test_every_number_is_what_the_two_models_give(ran, place, tiny_folders, stag
     plain = means_of(models[0], "base")
     assert shift("own", OWN_ANSWER) == pytest.approx(float((means_of(models[1], "tuned") - plain) @ unit), abs=1e-4)
     assert shift("own", SAME_ANSWER) == pytest.approx(float((means_of(models[1], "base") - plain) @ unit), abs=1e-4)
+
+
+def test_the_natural_null_varies_as_the_base_does_where_each_reading_looks(ran, place) -> None:
+    """Prompts for the last prompt token, the base's answers for both readings of answers; written out for one block."""
+    _, result = ran
+    from safetensors.torch import load_file
+
+    def stored(step: str) -> torch.Tensor:
+        (file,) = (result.path / step).glob("*.safetensors")
+        (values,) = load_file(file).values()
+        return values
+
+    plain = stored("base/reads_base")
+    moved = {
+        LAST_PROMPT: (stored("tuned/prompts") - stored("base/prompts"), stored("base/prompts")),
+        OWN_ANSWER: (stored("tuned/reads_tuned") - plain, plain),
+        SAME_ANSWER: (stored("tuned/reads_base") - plain, plain),
+    }
+    block = 2
+    for reading, (move, base) in moved.items():
+        mean = move[:, block].double().mean(0)
+        centred = (base[:, block] - base[:, block].mean(0)).double()
+        draws = torch.randn(20_000, len(base), generator=torch.Generator().manual_seed(9), dtype=torch.float64) @ centred
+        limit = float(((draws @ mean).abs() / draws.norm(dim=1)).quantile(0.95))
+        row = result.profile.query("trait == 'gloomy' and block == @block and prompts == 'all' and reading == @reading")
+        assert float(row["natural_limit"].item()) == pytest.approx(limit, rel=0.06), reading
+
+
+def test_a_dictionary_of_another_model_is_refused_unless_it_is_meant(place, tiny_folders, stage_library, tmp_path) -> None:
+    folder = tmp_path / "other"
+    from pvsae.saes.folders import load as load_sae
+    from pvsae.saes.folders import save
+
+    save(load_sae(place / "sae").in_memory().with_info(model="Qwen/Qwen2.5-7B"), folder)
+    setup = config(place, tiny_folders, stage_library, sae=str(folder), scores=False, max_questions=1, n_samples=1)
+    with pytest.raises(UserError, match=r"(?s)is of Qwen/Qwen2.5-7B, the model is .*--other-model"):
+        drift.run(setup, tmp_path / "refused")
+    meant = drift.run(replace(setup, other_model=True), tmp_path / "meant")
+    assert meant.features is not None
 
 
 def test_scores_before_and_after(ran) -> None:

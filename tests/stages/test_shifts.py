@@ -109,3 +109,11 @@ def test_means_of_many_columns_have_the_intervals_of_each() -> None:
         assert (lows[i], highs[i]) == pytest.approx((one.low, one.high), abs=0.03)
     assert np.isnan(means_ci(values[:1])[1]).all()
     assert np.isnan(means_ci(np.full((3, 2), np.nan))[0]).all()
+
+
+def test_rows_of_the_base_without_an_answer_do_not_shape_the_null(made_up) -> None:
+    vectors, base, moved = made_up
+    holes = torch.cat([base, torch.full_like(base[:3], math.nan)])
+    with_holes, without = shift_table(moved, holes, vectors), shift_table(moved, base, vectors)
+    assert with_holes["natural_limit"].tolist() == without["natural_limit"].tolist()
+    assert without["natural_limit"].notna().all()
