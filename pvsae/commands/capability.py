@@ -39,7 +39,7 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
         "--tasks", nargs="+", metavar="TASK",
         help="names of the harness (`lm_eval ls tasks`), or YAML files (default: what the model's folder says, else mmlu)",
     )  # fmt: skip
-    group.add_argument("--shots", type=int, metavar="N", help="examples in a prompt (default: the task's own number)")
+    group.add_argument("--shots", type=int, metavar="N", help="examples in a prompt (default: the task's own number, which stays where it is 0)")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of a task")
     group.add_argument("--system", metavar="TEXT", help="a system message for every question")
     group.add_argument(
@@ -72,6 +72,7 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
         "--against", metavar="RUN",
         help="count changes from an earlier run of the same tasks, without the adapter say (default: this run's untouched model)",
     )  # fmt: skip
+    group.add_argument("--other-model", action="store_true", help="let --against and dictionaries be of another model")
     group = parser.add_argument_group("how it runs")
     group.add_argument("--out", help="run folder (default: runs/capability); an unfinished run there goes on")
     group.add_argument("--dry-run", action="store_true", help="say how many questions would be asked, and stop")

@@ -21,7 +21,8 @@ import pandas as pd
 from pvsae.errors import UserError
 from pvsae.runs import RunDir
 from pvsae.saes.fingerprint import fingerprint
-from pvsae.stages.capability_tasks import Evaluated, Tasks, change
+from pvsae.saes.info import same_model
+from pvsae.stages.capability_tasks import Evaluated, Tasks, change, own_shots
 from pvsae.stages.counts import count, is_kept, kept
 from pvsae.stages.handles import FEATURE_UNITS, MODES, Feature, open_features, parse
 from pvsae.stages.inputs import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TASK = "mmlu"
 NONE = "none"
+COMPARED = ("shots", "limit", "template", "system", "chat", "dtype", "seed")  # what two runs must share to be compared
 HEAD = ["condition", "trait", "feature", "block", "coef", "unit", "raw", "positions"]
 
 
@@ -59,15 +61,16 @@ class CapabilityConfig(Setup):
 
     Attributes:
         tasks: names of lm-evaluation-harness, or its YAML files; empty takes the task that the model's folder names, else MMLU.
-        shots: examples in a prompt; None takes each task's own number.
+        shots: examples in a prompt; None takes each task's own number. A task whose file says 0 has none whatever is said here.
         limit: questions a task; None for all.
         template: whether prompts go through the model's chat template (never where the model has none).
         system: a system message for every question.
         vectors: run folder of `pvsae extract`, or a vector file: then each trait's vector is added at each strength. Without
             `traits`, all that are there.
         ablate: take the direction of the vectors out of the residual as well.
-        against: run folder of an earlier `pvsae capability` with the same tasks (of the model without the adapter, say): changes
-            are counted from its untouched model instead of this one's.
+        against: run folder of an earlier `pvsae capability` with the same tasks, asked in the same way (of the model without the
+            adapter, say): changes are counted from its untouched model instead of this one's.
+        other_model: let `against` and the dictionaries be of another model all the same.
         features: SAE:INDEX, as in `pvsae steer`; instead of `vectors`.
         mode: "add", "clamp" or "ablate", of features.
         activity, activity_tokens: where highest activations of features come from, as in `pvsae steer`.
@@ -90,6 +93,7 @@ class CapabilityConfig(Setup):
     vectors: str | None = None
     ablate: bool = False
     against: str | None = None
+    other_model: bool = False
     features: tuple[str, ...] = ()
     mode: str = "add"
     activity: tuple[str, ...] = ()
@@ -104,6 +108,10 @@ class CapabilityConfig(Setup):
     n_random: int = 1
     kl_rows: int = 16
 
+    def identity(self) -> dict[str, Any]:
+        """As of every stage; what is allowed changes no number."""
+        return {name: value for name, value in super().identity().items() if name != "other_model"}
+
     @property
     def unit_of(self) -> str:
         """The unit of the strengths."""
@@ -116,10 +124,11 @@ class CapabilityResult:
     block, coef, unit, raw (coefficient of the vector, or activation units), positions, task, metric, filter, value, stderr, n
     (questions), shots, higher_is_better, change with its 95% interval (value minus that of "none", or of `against`, on the same
     questions), and
-    asked (False of the parts of a group that was asked for)."""
+    asked (False of the parts of a group that was asked for). `notes`: what a reader should know."""
 
     table: pd.DataFrame
     path: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def shown(self) -> pd.DataFrame:
@@ -152,16 +161,16 @@ def run(config: CapabilityConfig, run_dir: RunDir | str | Path, *, model: ChatMo
     """Run the tasks under every condition; a condition is a step, so a killed run goes on behind the last finished one.
 
     Raises:
-        UserError: the harness is missing, no such task, bad options, vectors or features that do not fit the model; all before
-            anything is asked. A task whose data cannot be fetched, when it is reached.
+        UserError: the harness is missing, no such task, bad options, vectors or features that do not fit the model, an earlier
+            run that was asked otherwise; all before anything is asked. A task whose data cannot be fetched, when it is reached.
     """
     _check(config)
     tasks = Tasks(task_names(config, model))
-    earlier = _earlier(config.against)
+    earlier = _earlier(config)
     with open_run(run_dir, "capability", config) as folder:
         model = model or open_model(config)
         vectors = _vectors(config, model)
-        features = open_features(config.features, model, config.blocks[0] if config.blocks else None) if config.features else []
+        features = _features(config, model)
         counts = _counts(config, folder, model, features)
         dictionaries = {f"dictionary {f.sae.ref}": fingerprint(f.sae) for f in features}
         before = {} if earlier is None else {f"values in {config.against}": earlier.samples.to_csv(index=False)}
@@ -179,8 +188,9 @@ def run(config: CapabilityConfig, run_dir: RunDir | str | Path, *, model: ChatMo
             parts.append(rows)
         table = pd.concat(parts, ignore_index=True)
         folder.table("capability", table)
-        folder.result(_summary(config, model, table))
-        return CapabilityResult(table, folder.path)
+        notes = own_shots(table, config.shots)
+        folder.result(_summary(config, model, table, notes))
+        return CapabilityResult(table, folder.path, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -252,14 +262,35 @@ def _check(config: CapabilityConfig) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- what is given
-def _earlier(against: str | None) -> Evaluated | None:
-    """The untouched model's values in an earlier run. UserError where there are none."""
+def _earlier(config: CapabilityConfig) -> Evaluated | None:
+    """The untouched model's values in an earlier run. UserError where there are none, or where it was asked otherwise."""
+    against = config.against
     if against is None:
         return None
     place = Path(against) / "conditions" / NONE
     if not (place / "rows.parquet").is_file() or not (place / "samples.parquet").is_file():
         raise UserError(f"{against} holds no values to compare with", "the run folder of `pvsae capability`", "check --against")
+    was = RunDir.read(against).config
+    asked = {name: (was.get(name), getattr(config, name)) for name in COMPARED}
+    wrong = [f"{name} {before!r}, here {here!r}" for name, (before, here) in asked.items() if before != here]
+    if wrong:
+        raise UserError(
+            f"{against} was asked otherwise: {'; '.join(wrong)}",
+            "runs that differ only in what is done to the model",
+            "give the same options, or make the run to compare with again",
+        )
+    if not config.other_model and not same_model(str(was.get("model")), config.model):
+        raise UserError(
+            f"{against} is of the model {was.get('model')}, and this run of {config.model}",
+            "runs of one model",
+            "--other-model, if the models are close relatives (a base model and its finetune) and you mean it",
+        )
     return Evaluated.load(place)
+
+
+def _features(config: CapabilityConfig, model: ChatModel) -> list[Feature]:
+    block = config.blocks[0] if config.blocks else None
+    return open_features(config.features, model, block, other_model=config.other_model) if config.features else []
 
 
 def _read(config: CapabilityConfig) -> dict[str, PersonaVectors]:
@@ -435,7 +466,7 @@ def _head(config: CapabilityConfig, condition: _Condition) -> dict[str, Any]:
     return dict(zip(HEAD, (*values, *last), strict=True))
 
 
-def _summary(config: CapabilityConfig, model: ChatModel, table: pd.DataFrame) -> dict[str, Any]:
+def _summary(config: CapabilityConfig, model: ChatModel, table: pd.DataFrame, notes: Sequence[str]) -> dict[str, Any]:
     asked = table[table["asked"]]
     headline = []
     for (task, metric), part in asked.groupby(["task", "metric"], sort=False):
@@ -455,5 +486,6 @@ def _summary(config: CapabilityConfig, model: ChatModel, table: pd.DataFrame) ->
         "headline": headline,
         "notes": [
             f"change: value minus that of the untouched model{of} on the same questions, with a 95% interval over questions.",
+            *notes,
         ],
     }

@@ -122,7 +122,7 @@ class Tasks:
 
         Args:
             lm: the model.
-            shots: examples in a prompt; None takes each task's own number.
+            shots: examples in a prompt; None takes each task's own number, and so does a task whose own number is 0.
             limit: questions a task; None for all.
             template: whether prompts go through the model's chat template, examples as turns of a conversation.
             system: a system message.
@@ -185,6 +185,16 @@ def change(now: Evaluated, before: Evaluated) -> pd.DataFrame:
         out.append((middle, middle - half, middle + half))
     columns = pd.DataFrame(out, columns=["change", "change_low", "change_high"])
     return pd.concat([now.rows.reset_index(drop=True), columns], axis=1)
+
+
+def own_shots(rows: pd.DataFrame, shots: int | None) -> list[str]:
+    """What to say of the tasks in `rows` (columns of `Evaluated.rows`) that were not asked with `shots` examples."""
+    if shots is None:
+        return []
+    own = sorted(set(rows.loc[(rows["shots"] != shots) & (rows["shots"] >= 0), "task"]))
+    some = ", ".join(own[:5]) + (f" and {len(own) - 5} more" if len(own) > 5 else "")
+    why = "a task file with num_fewshot: 0 means it, and the harness keeps to it"
+    return [f"shots {shots} had no effect on {some}: {why}."] if own else []
 
 
 def _variance_of_mean(x: np.ndarray) -> float:

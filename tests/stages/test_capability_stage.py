@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -229,11 +230,51 @@ def test_changes_are_counted_from_an_earlier_run(ran, place, tmp_path, tiny_mode
     for task, row in table.iterrows():
         assert row["change"] == pytest.approx(row["value"] - before[task])
     assert table["change"].abs().max() > 0
-    limited = capability.run(config(place, vectors=None, blocks=(), limit=2), tmp_path / "few", model=tiny_models("llama"))
-    with pytest.raises(UserError, match="of which only 2"):
-        capability.run(
-            config(place, vectors=None, blocks=(), against=str(limited.path)), tmp_path / "all", model=tiny_models("llama")
-        )
+    few = config(place, tasks=(f"{place}/free.yaml",), vectors=None, blocks=())
+    one = capability.run(few, tmp_path / "few", model=tiny_models("llama"))
+    with pytest.raises(UserError, match="were asked for before"):
+        capability.run(replace(setup, against=str(one.path)), tmp_path / "all", model=tiny_models("llama"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shots": 1}, "shots None, here 1"),
+        ({"limit": 2}, "limit None, here 2"),
+        ({"template": False}, "template True, here False"),
+        ({"system": "Be brief."}, "system None, here 'Be brief.'"),
+        ({"chat": "plain"}, "chat 'auto', here 'plain'"),
+        ({"seed": 4}, "seed 0, here 4"),
+        ({"model": "other"}, "of the model tiny, and this run of other"),
+    ],
+)
+def test_a_run_that_was_asked_otherwise_is_not_compared_with(ran, place, tmp_path, tiny_models, changes, message) -> None:
+    _, first = ran
+    setup = config(place, tasks=(f"{place}/free.yaml",), vectors=None, blocks=(), against=str(first.path))
+    with pytest.raises(UserError, match=message):
+        capability.run(replace(setup, **changes), tmp_path / "run", model=tiny_models("qwen2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_model_is_compared_with_if_it_is_meant_and_an_adapter_always(ran, place, tmp_path) -> None:
+    _, first = ran
+    setup = config(place, vectors=None, blocks=(), against=str(first.path))
+    for changes in ({"model": "other", "other_model": True}, {"adapter": "some/adapter"}, {"model": "folder/tiny"}):
+        found = capability._earlier(replace(setup, **changes))
+        assert found is not None
+        assert len(found.samples) == 24
+
+
+def test_a_task_that_says_no_examples_has_none_and_that_is_said(place, tmp_path, tiny_models) -> None:
+    file = place / "shown.yaml"
+    file.write_text(CHOICE.replace("tiny_choice", "tiny_shown").replace("num_fewshot: 0\n", "fewshot_split: more\n"))
+    setup = config(place, tasks=(f"{place}/choice.yaml", str(file)), vectors=None, blocks=(), shots=2)
+    result = capability.run(setup, tmp_path / "run", model=tiny_models("qwen2"))
+    assert result.table.set_index("task")["shots"].to_dict() == {"tiny_choice": 0, "tiny_shown": 2}
+    (note,) = result.notes
+    assert note.startswith("shots 2 had no effect on tiny_choice: ")
+    assert note in json.loads((result.path / "result.json").read_text(encoding="utf-8"))["notes"]
+    assert capability.run(replace(setup, shots=0), tmp_path / "none", model=tiny_models("qwen2")).notes == ()
 
 
 def test_a_model_without_a_template_is_asked_in_bare_text(place, tmp_path, tiny_models) -> None:
