@@ -1,8 +1,8 @@
 """Sources: where samples come from, read row by row, each row a text or a chat.
 
-Knows: JSONL, plain text and Parquet files, Hugging Face datasets (package `datasets`, imported when one is named), corpora that
-installed packages offer, their fields, roles and content hashes, and how to go on reading in the middle.
-Does not know: tokens, models, mixtures.
+Knows: JSONL, plain text and Parquet files, corpora that installed packages offer, what a word on a command line stands for,
+fields, roles and content hashes, and how to go on reading in the middle.
+Does not know: how Hugging Face datasets are opened (hf_datasets.py), tokens, models, mixtures.
 
 A source is looked at before any work: if none of its first rows can be used, that is an error that says why. After that, a bad
 row is a `Bad` with its reason; whoever reads counts it and goes on.
@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from pvsae import hf_datasets
 from pvsae.errors import UserError
 from pvsae.runs import sha256_of
 
@@ -52,8 +53,9 @@ class Source:
 
     Attributes:
         path: local file or pattern ("data/*.jsonl.gz"): .jsonl, .txt (both also .gz), .parquet; .json, .csv, .arrow and folders
-            that `datasets` saved are read by the package `datasets`.
-        dataset, subset, split, revision: a Hugging Face dataset by name; pin `revision` where the content must not change.
+            that `datasets` saved, or that hold a dataset's files as the Hub has them, are read by the package `datasets`.
+        dataset, subset, split, revision: a Hugging Face dataset by name; pin `revision` where the content must not change. Of a
+            folder, `split` says which one of it, and `subset` too where it is laid out as on the Hub.
         named: a corpus that an installed package offers (entry point group "pvsae.corpora"), NAME or NAME:PART; it may have no
             end, so `max_samples` is needed.
         streaming: read the dataset over the network as it is needed, in pieces that are tokenised once and kept, in place of
@@ -131,13 +133,13 @@ class Reader:
         self._files: list[Path] = []
         self._named: Named | None = None
         if source.dataset is not None:
-            self._data = _load_dataset(source)
+            self._data = hf_datasets.load_named(source)
         elif source.named is not None:
             self._named = _find_named(source.named)
         else:
             self._files = _files(source)
             if self._suffix not in (".jsonl", ".txt", ".parquet"):
-                self._data = _load_local_dataset(self._files, self._suffix, source)
+                self._data = hf_datasets.load_local(self._files, self._suffix, source)
         self.kind, self.field = self._find_field()
 
     @property
@@ -149,6 +151,7 @@ class Reader:
                 sha256_of(f) for at in self._files for f in (sorted(at.rglob("*")) if at.is_dir() else [at]) if f.is_file()
             ]
             parts += [self.source.split] if self._files[0].is_dir() else []
+            parts += [] if self.source.subset is None else [self.source.subset]
         elif self._named is not None:
             parts = [self._named.point.value, *self._named.part, list(islice(self._raw({"row": 0}), HEAD))]
         else:
@@ -218,7 +221,7 @@ class Reader:
                 raise UserError(
                     f"source {source.name} has no field {source.field or 'of texts or messages'}; it has: {', '.join(present)}",
                     'a field "text" with text, or "messages" with [{"role": ..., "content": ...}, ...]',
-                    "name the right one with field:",
+                    "name the right one with field: in a config, with --field at the command line",
                 )
             if kind is None and rows:
                 first = next(row[name] for row in rows if name in row)
@@ -286,19 +289,42 @@ def content_key(value: Value) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def source_of(text: str, max_samples: int | None = None) -> Source:
+def source_of(
+    text: str, max_samples: int | None = None, *, split: str | None = None, subset: str | None = None, field: str | None = None
+) -> Source:
     """What a word stands for: a file or pattern where there is such a file or it looks like one, a corpus that a package offers
-    (NAME or NAME:PART), else a dataset's name."""
+    (NAME or NAME:PART), else a dataset's name.
+
+    Args:
+        split, subset: of datasets, by name or in a folder; None is the split train, and the only subset. Others have neither.
+        field: that holds the texts or messages; None looks for it.
+    """
     path = Path(text).expanduser()
+    of_dataset: dict[str, Any] = {"split": split or "train", "subset": subset}
+    if path.is_dir():
+        return Source(path=str(path), max_samples=max_samples, field=field, **of_dataset)
     if path.exists():
-        return Source(path=str(path), max_samples=max_samples)
+        return Source(path=str(path), max_samples=max_samples, field=field)
     if text.partition(":")[0] in known_corpora():
-        return Source(named=text, max_samples=max_samples)
+        return Source(named=text, max_samples=max_samples, field=field)
     # Datasets are called OWNER/NAME, and their names may have dots.
     of_data = Path(path.name.removesuffix(".gz")).suffix in (".jsonl", ".json", ".txt", ".parquet", ".csv", ".arrow")
     like_a_dataset = text.count("/") == 1 or not path.suffix
     looks_like_a_path = of_data or any(c in text for c in "*?[") or text.startswith((".", "/", "~")) or not like_a_dataset
-    return Source(path=str(path), max_samples=max_samples) if looks_like_a_path else Source(dataset=text, max_samples=max_samples)
+    if looks_like_a_path:
+        return Source(path=str(path), max_samples=max_samples, field=field)
+    return Source(dataset=text, max_samples=max_samples, field=field, **of_dataset)
+
+
+def check_of_datasets(sources: Sequence[Source], split: str | None, subset: str | None) -> None:
+    """UserError where a split or a subset is asked for, and none of the sources can have one."""
+    given = " and ".join(f"{name} {value!r}" for name, value in (("split", split), ("subset", subset)) if value is not None)
+    if given and not any(s.dataset is not None or (s.path is not None and Path(s.path).is_dir()) for s in sources):
+        raise UserError(
+            f"{given} of {', '.join(s.name for s in sources)}, where no dataset is",
+            "the name of a dataset, or a folder with one",
+            "leave it out: files and corpora have no splits and no subsets",
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------------- named
@@ -419,50 +445,3 @@ def _parquet(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is not a Parquet file: {error}", "a file that a Parquet writer finished") from error
     for batch in opened.iter_batches(batch_size=1024):
         yield from batch.to_pylist()
-
-
-# ----------------------------------------------------------------------------------------------------------------- datasets
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            "the package `datasets` is not installed", "it, to read Hugging Face datasets", "pip install 'pvsae[sae]'"
-        ) from None
-    return datasets
-
-
-def _load_dataset(source: Source) -> Any:
-    datasets = _datasets()
-    try:
-        return datasets.load_dataset(
-            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
-        )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(  # not found, offline, unknown subset or split, gated, or files that are not what their names say
-            f"dataset {source.dataset} cannot be loaded: {_why(error)}",
-            "the name of a dataset on the Hub (or in the cache), with its subset and split",
-            "check the name, the network, or that you may read it; a local file goes into path:",
-        ) from error
-
-
-def _load_local_dataset(files: list[Path], suffix: str, source: Source) -> Any:
-    builders = {".json": "json", ".csv": "csv", ".arrow": "arrow"}
-    if suffix not in builders and not files[0].is_dir():
-        raise UserError(
-            f"source {source.name} is of an unknown kind",
-            "a file .jsonl, .txt, .parquet, .json, .csv or .arrow, or a saved dataset",
-        )
-    datasets = _datasets()
-    try:
-        if suffix in builders:
-            return datasets.load_dataset(builders[suffix], data_files=[str(f) for f in files], split="train")
-        data = datasets.load_from_disk(str(files[0]))
-        return data[source.split] if isinstance(data, datasets.DatasetDict) else data
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source.path} cannot be read: {_why(error)}", "a file or folder that `datasets` can read") from error
-
-
-def _why(error: Exception) -> str:
-    """What went wrong, with what lay behind it: `datasets` says by itself only that a dataset could not be made."""
-    return str(error) if error.__cause__ is None else f"{error} ({error.__cause__})"

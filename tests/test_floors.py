@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pvsae"
 FLOORS = {
-    "errors": 0, "runs": 0, "ledger": 0, "llm": 0, "replies": 0, "settings": 0, "sources": 0, "parts": 0,
+    "errors": 0, "runs": 0, "ledger": 0, "llm": 0, "replies": 0, "settings": 0, "sources": 0, "hf_datasets": 0, "parts": 0,
     "models": 1, "judges": 1, "traits": 1,
     "organism": 2, "vectors": 2, "saes": 2, "finetuning": 2, "screening": 2,
     "stages": 3, "reports": 4,

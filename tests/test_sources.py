@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 
 from pvsae.errors import UserError
-from pvsae.sources import Bad, Reader, Source
+from pvsae.sources import Bad, Reader, Source, source_of
 from tests.saes.corpora import chat, open_corpus, text, write_jsonl, write_texts
 
 
@@ -256,6 +256,37 @@ class TestDatasets:
         assert both[0].content != both[1].content, "the tokens of one must not be taken for the other's"
         (tmp_path / "a.csv").write_text("text,n\nhello,1\nworld,2\n")
         assert rows(Source(path=str(tmp_path / "a.csv"))) == ["hello", "world"]
+
+    def test_splits_and_subsets_of_folders_are_those_that_are_named(self, tmp_path) -> None:
+        Dataset = self.datasets.Dataset
+        splits = {name: Dataset.from_dict({"text": [f"{name} row"]}) for name in ("train_sft", "test_sft")}
+        self.datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+        assert rows(source_of(str(tmp_path / "saved"), split="test_sft")) == ["test_sft row"]
+        with pytest.raises(UserError, match=r"no split 'train'\s+expected: one of train_sft, test_sft"):
+            Reader(source_of(str(tmp_path / "saved")))
+        with pytest.raises(UserError, match="has no subsets"):
+            Reader(source_of(str(tmp_path / "saved"), split="test_sft", subset="en"))
+        splits["train_sft"].save_to_disk(tmp_path / "one")
+        assert rows(source_of(str(tmp_path / "one"))) == ["train_sft row"]
+        with pytest.raises(UserError, match="no split 'test_sft'"):
+            Reader(source_of(str(tmp_path / "one"), split="test_sft"))
+
+    def test_a_folder_as_the_hub_has_it_has_both(self, tmp_path) -> None:
+        names = [(subset, split) for subset in ("en", "de") for split in ("train", "test")]
+        for subset, split in names:
+            (tmp_path / "hub" / subset).mkdir(parents=True, exist_ok=True)
+            table = self.datasets.Dataset.from_dict({"text": [f"{subset} {split}"]})
+            table.to_parquet(tmp_path / "hub" / subset / f"{split}-00000-of-00001.parquet")
+        configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("en", "de"))
+        (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+        opened = [Reader(source_of(str(tmp_path / "hub"), subset=subset, split=split)) for subset, split in names]
+        assert [list(reader.rows()) for reader in opened] == [[f"{subset} {split}"] for subset, split in names]
+        assert len({reader.content for reader in opened}) == 4
+        with pytest.raises(UserError, match="cannot be read"):
+            Reader(source_of(str(tmp_path / "hub"), subset="fr"))
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match="cannot be read"):
+            Reader(source_of(str(tmp_path / "empty")))
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_files_packed_as_those_of_the_pile(self, tmp_path, streaming) -> None:

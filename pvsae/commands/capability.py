@@ -39,7 +39,9 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
         "--tasks", nargs="+", metavar="TASK",
         help="names of the harness (`lm_eval ls tasks`), or YAML files (default: what the model's folder says, else mmlu)",
     )  # fmt: skip
-    group.add_argument("--shots", type=int, metavar="N", help="examples in a prompt (default: the task's own number, which stays where it is 0)")
+    group.add_argument(
+        "--shots", type=int, metavar="N", help="examples in a prompt (default: the task's own number; where that is 0 it stays)"
+    )
     group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of a task")
     group.add_argument("--system", metavar="TEXT", help="a system message for every question")
     group.add_argument(

@@ -13,11 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pvsae.commands.sources import add_rows_of
+
 EXAMPLES = (
     "  pvsae data                                               the corpora that are installed, with their parts\n"
     "  pvsae data organism-data:evil/misaligned_2 --rows 400 --out evil.jsonl\n"
     "  pvsae data organism-data:mix/evil/0.05 --rows 500 --out mix.jsonl      every row says whether it bears the trait\n"
-    "  pvsae data my_chats.parquet --rows 1000 --out head.jsonl"
+    "  pvsae data my_chats.parquet --rows 1000 --out head.jsonl\n"
+    "  pvsae data HuggingFaceH4/ultrachat_200k --split train_sft --rows 1000 --out head.jsonl"
 )
 
 
@@ -31,6 +34,7 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> No
     parser = add(commands, "data", _run, "list corpora, and write the first rows of one as JSONL", EXAMPLES)
     parser.add_argument("source", nargs="?", help="a corpus (NAME or NAME:PART), a file or a dataset; without it: list")
     parser.add_argument("--rows", type=int, metavar="N", help="rows that can be used to write (default: 400)")
+    add_rows_of(parser, "the text or the messages (default: text, content, messages or conversation(s))")
     parser.add_argument("--out", metavar="FILE", help="the file to write (default: print)")
 
 
@@ -39,7 +43,8 @@ def _run(args: argparse.Namespace) -> None:
         print(listing())
         return
     n = getattr(args, "rows", 400)
-    lines, bad = rows(args.source, n)
+    which = {name: getattr(args, name) for name in ("split", "subset", "field") if hasattr(args, name)}
+    lines, bad = rows(args.source, n, **which)
     if not hasattr(args, "out"):
         print("\n".join(lines))
         return
@@ -64,17 +69,24 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def rows(source: str, n: int) -> tuple[list[str], Counter[str]]:
+def rows(
+    source: str, n: int, split: str | None = None, subset: str | None = None, field: str | None = None
+) -> tuple[list[str], Counter[str]]:
     """The first `n` rows that can be used, as JSON with all of their fields, and why others before them cannot, with how many.
 
-    Raises: UserError as the source does, and for fewer than one row.
+    Args:
+        split, subset, field: see `sources.source_of`.
+
+    Raises: UserError as the source does, for a split of what has none, and for fewer than one row.
     """
     from pvsae.errors import UserError
-    from pvsae.sources import Bad, Reader, source_of
+    from pvsae.sources import Bad, Reader, check_of_datasets, source_of
 
     if n < 1:
         raise UserError(f"rows is {n}", "at least 1", "--rows 1")
-    reader = Reader(source_of(source, max_samples=n))
+    found = source_of(source, n, split=split, subset=subset, field=field)
+    check_of_datasets([found], split, subset)
+    reader = Reader(found)
     bad: Counter[str] = Counter()
 
     def good() -> Any:

@@ -9,13 +9,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from pvsae.commands.sources import add_rows_of
+
 SHOWN = ("data", "vector", "block", "dp", "low", "high", "n", "n_missing", "dp_prompt_last")
 EXAMPLES = (
     "  pvsae screen train.jsonl --vectors runs/vectors --traits evil\n"
     "  pvsae screen mine=a.jsonl theirs=b.parquet --vectors runs/vectors --blocks 2 3 --select 500 --out runs/two\n"
     "  pvsae screen train.jsonl --vectors runs/vectors --base none --out runs/quick      nothing is generated\n"
-    "  pvsae screen train.jsonl --vectors runs/vectors --base subset --subset 500 --out runs/subset\n"
+    "  pvsae screen train.jsonl --vectors runs/vectors --base subset --base-rows 500 --out runs/subset\n"
     "  pvsae screen 'big/*.parquet' --vectors runs/vectors --base none --engine ray --workers 8 --out runs/big\n"
+    "  pvsae screen HuggingFaceH4/ultrachat_200k --split train_sft --max-rows 20000 --vectors runs/vectors --out runs/chats\n"
     "  pvsae screen lmsys/lmsys-chat-1m --max-rows 20000 --model Qwen/Qwen2.5-7B-Instruct --select 500 \\\n"
     "      --vectors evil_response_avg_diff.pt --layer 20 --official-names --filter-scores judged.csv --filter-above 1"
 )
@@ -49,10 +52,10 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         help="rows that get the base model's own answer: all (exact, the default), a random subset, or none (the last prompt "
         "token stands for it: nothing is generated)",
     )  # fmt: skip
-    group.add_argument("--subset", type=int, metavar="N", help="rows of each data set with --base subset (default: 500)")
+    group.add_argument("--base-rows", type=int, metavar="N", help="rows of each data set with --base subset (default: 500)")
     group.add_argument("--answers", metavar="FOLDER", help="base answers to share with other runs (default: in the run folder)")
     group = parser.add_argument_group("how rows are read")
-    group.add_argument("--field", help="the field that holds the messages (default: messages or conversation(s))")
+    add_rows_of(group, "the messages (default: messages or conversation(s))")
     group.add_argument("--max-rows", type=int, metavar="N", help="only the first N rows of each data set")
     group.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and answer (default: the context)")
     group.add_argument("--part-rows", type=int, metavar="N", help="rows a shard, which is what a kill may cost (default: 256)")
@@ -104,7 +107,7 @@ def add_parser(
     )
     parser.add_argument(
         "data", nargs="+", metavar="DATA",
-        help="files or patterns (.jsonl, .parquet), NAME=FILE, datasets on the Hub, or named corpora",
+        help="files or patterns (.jsonl, .parquet), NAME=FILE, datasets on the Hub or in folders, or named corpora",
     )  # fmt: skip
     add_setup(parser, vectors=False)
     add_vectors(parser)

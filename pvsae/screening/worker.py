@@ -4,8 +4,8 @@ Knows: how a part becomes a shard (rows, base answers, one forward pass for all 
 Does not know: what the numbers mean for a trait, in which order parts come, or who else works.
 
 What a shard holds depends on the job and its part alone, and on a CPU a base answer on its prompt, the sampling and the weights
-alone. So it does not matter who computes which shard, how often it is started again, or what it finds in the cache: on a CPU to the
-same bits. On a GPU the batches, which are other ones after a kill, change the last bits of logits, and now and then a sampled token.
+alone. So it does not matter who computes which shard, how often it is started again, or what it finds in the cache: on a CPU the
+bits are the same. On a GPU batches, which are others after a kill, change logits' last bits, and now and then a sampled token.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from pvsae.sources import Bad, Reader, content_key
 from pvsae.stages import screen, selections
 from pvsae.stages.inputs import open_model, open_run
 from pvsae.stages.screen import ScreenConfig, ScreenResult
-from pvsae.stages.screen_inputs import name_sources, open_probes, open_vector_files
+from pvsae.stages.screen_inputs import open_probes, open_vector_files
 from pvsae.stages.screened_rows import read_columns, read_rows
 from pvsae.stages.statistics import Z
 
@@ -204,13 +204,13 @@ def folder_name(config: GateConfig) -> str:
     _check_options(config)
     asked = screening(config)
     found: dict[str, Any] = {"options": config.identity()}
-    for name, source in name_sources(asked.data, asked.max_rows, asked.field):
+    for name, source in asked.sources():
         found[f"rows of {name}"] = Reader(source).content
     for name, _, vectors in open_vector_files(config.vectors, config.traits, config.statistic):
         own = config.statistic if config.statistic in vectors.statistics else vectors.statistics[0]
         found[f"vectors {name}"] = hashlib.sha256(vectors.of(own).float().cpu().numpy().tobytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(jsonable(found), sort_keys=True).encode()).hexdigest()[:8]
-    names = [name for name, _ in name_sources(config.data, config.max_rows, config.field)] if config.data else ["calibrate"]
+    names = [name for name, _ in asked.sources()][: len(config.data)] or ["calibrate"]
     return f"gate-{slug('-'.join(names))}-{digest}"
 
 

@@ -41,6 +41,7 @@ BASES = ("all", "subset", "none")
 ENGINES = ("here", "ray")
 _HOW = frozenset({"batch_tokens", "answers", "engine", "workers", "ray_address"})  # how fast and where, not what comes out
 _AFTER = frozenset({"select", "filter_scores", "filter_judge", "filter_above"})  # made anew of the finished rows at every start
+_OF_DATASETS = ("split", "subset")
 _EXAMPLES = 3
 
 
@@ -56,10 +57,11 @@ class ScreenConfig(Setup):
         statistic: which vector of the files.
         base: which rows get the base model's own answer: "all" (exact), "subset" (a random one), or "none" (the last prompt
             token stands for it, nothing is generated).
-        subset: rows of each data set with a base answer, with base "subset".
+        base_rows: rows of each data set with a base answer, with base "subset".
         n_samples: base answers to each prompt; their mean counts.
         max_length: most tokens of prompt and answer that are read (as training would cut them); None is the model's context.
         max_rows: only the first so many rows of each data set.
+        split, subset: of datasets, by name or in folders; None is the split train, and the only subset.
         field: the field that holds the messages; None looks for it.
         part_rows: rows a shard, which is what a kill may cost.
         batch_tokens: tokens a forward pass; None chooses by device.
@@ -80,10 +82,12 @@ class ScreenConfig(Setup):
     blocks: tuple[int, ...] = ()
     statistic: str = DEFAULT_STATISTIC
     base: str = "all"
-    subset: int = 500
+    base_rows: int = 500
     n_samples: int = 1
     max_length: int | None = None
     max_rows: int | None = None
+    split: str | None = None
+    subset: str | None = None
     field: str | None = None
     part_rows: int = 256
     batch_tokens: int | None = None
@@ -100,7 +104,12 @@ class ScreenConfig(Setup):
     def identity(self) -> dict[str, Any]:
         """The options that the rows' numbers depend on."""
         found = super().identity()
-        return {name: value for name, value in found.items() if name not in _HOW | _AFTER}
+        kept = {name: value for name, value in found.items() if name not in _HOW | _AFTER}
+        return {name: value for name, value in kept.items() if value is not None or name not in _OF_DATASETS}
+
+    def sources(self) -> list[tuple[str, Source]]:
+        """(name, source) of every data set. UserError as `screen_inputs.name_sources`."""
+        return name_sources(self.data, self.max_rows, split=self.split, subset=self.subset, field=self.field)
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ def run(
     """
     _check(config)
     found = open_vector_files(config.vectors, config.traits, config.statistic)
-    sources = name_sources(config.data, config.max_rows, config.field)
+    sources = config.sources()
     with open_run(run_dir, "screen", config) as folder:
         data, pins = open_data(sources, folder, config.part_rows)
         model = model or open_model(config)
@@ -151,7 +160,7 @@ def run(
         pins |= {f"vector {p.label}": p.direction.sha256 for p in probes}
         pin(folder, model, pins)
         if config.base == "subset":
-            data = with_subset(data, config.subset, config.seed)
+            data = with_subset(data, config.base_rows, config.seed)
         job = _job(config, folder, model, probes, data)
         before = ledger_of(judge)
         if config.filter_judge:
@@ -182,8 +191,8 @@ def plan(config: ScreenConfig) -> ScreenPlan:
     """Counts the rows; loads no model. UserError where data or vectors are missing."""
     _check(config)
     open_vector_files(config.vectors, config.traits, config.statistic)
-    rows = {name: count_rows(source) for name, source in name_sources(config.data, config.max_rows, config.field)}
-    based = {"all": sum(rows.values()), "none": 0, "subset": sum(min(n, config.subset) for n in rows.values())}[config.base]
+    rows = {name: count_rows(source) for name, source in config.sources()}
+    based = {"all": sum(rows.values()), "none": 0, "subset": sum(min(n, config.base_rows) for n in rows.values())}[config.base]
     _, defaults = folder_of(config, None)
     return ScreenPlan(rows, based * config.n_samples, config.longest_answer(defaults))
 
@@ -191,9 +200,13 @@ def plan(config: ScreenConfig) -> ScreenPlan:
 def _check(config: ScreenConfig) -> None:
     if config.base not in BASES:
         raise UserError(f"unknown base {config.base!r}", f"one of {', '.join(BASES)}")
+    if config.base == "subset" and config.subset is not None and config.subset.isdigit():
+        raise UserError(
+            f"subset is {config.subset!r}", "a name", f"--base-rows {config.subset} for the rows that get a base answer"
+        )
     if config.engine not in ENGINES:
         raise UserError(f"unknown engine {config.engine!r}", f"one of {', '.join(ENGINES)}")
-    for name in ("subset", "workers", "part_rows", "max_rows", "max_length", "batch_tokens"):
+    for name in ("base_rows", "workers", "part_rows", "max_rows", "max_length", "batch_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}", "at least 1")
@@ -401,7 +414,7 @@ def _report(
                 rows["approximations"].append(where | differences.approximation_row(some))
             if config.base == "all":
                 sizes = [round(share * len(some.proj)) for share in differences.SHARES]
-                found = differences.subset_rows(some, [*sizes, config.subset], config.seed)
+                found = differences.subset_rows(some, [*sizes, config.base_rows], config.seed)
                 rows["subsets"] += [where | one for one in found]
             rows["histogram"] += [where | one for one in differences.histogram_rows(scores, edges)]
             if config.select:

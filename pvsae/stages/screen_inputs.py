@@ -20,7 +20,7 @@ from pvsae.errors import UserError
 from pvsae.parts import divisible, parts_of
 from pvsae.runs import RunDir, atomic_path
 from pvsae.screening.worker import DataSet, slug
-from pvsae.sources import Bad, Reader, Source, source_of
+from pvsae.sources import Bad, Reader, Source, check_of_datasets, source_of
 from pvsae.stages.inputs import check_blocks, chosen_block, read_vector_file, read_vectors, stored_traits
 
 if TYPE_CHECKING:
@@ -112,14 +112,26 @@ def open_probes(
     return tuple(probes)
 
 
-def chats_of(text: str, max_rows: int | None, field: str | None) -> Source:
+def chats_of(
+    text: str, max_rows: int | None, *, split: str | None = None, subset: str | None = None, field: str | None = None
+) -> Source:
     """The chats that a word stands for (see `sources.source_of`); of a corpus that may have no end, the first NAMED_ROWS."""
-    found = replace(source_of(text, max_rows), kind="chat", field=field)
+    found = replace(source_of(text, max_rows, split=split, subset=subset, field=field), kind="chat")
     return found if found.named is None or max_rows is not None else replace(found, max_samples=NAMED_ROWS)
 
 
-def name_sources(data: Sequence[str | Source], max_rows: int | None = None, field: str | None = None) -> list[tuple[str, Source]]:
-    """(name, source) of everything given, in order; NAME=PATH names it, else it is the file's stem. Names are made unique."""
+def name_sources(
+    data: Sequence[str | Source],
+    max_rows: int | None = None,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    field: str | None = None,
+) -> list[tuple[str, Source]]:
+    """(name, source) of everything given, in order; NAME=PATH names it, else it is the file's stem. Names are made unique.
+
+    Raises: UserError without data, for a source that cannot be right, and for a split or subset where no dataset is.
+    """
     if not data:
         raise UserError("no data to screen", "JSONL or Parquet files with messages, a dataset's or a corpus' name")
     out: list[tuple[str, Source]] = []
@@ -129,8 +141,9 @@ def name_sources(data: Sequence[str | Source], max_rows: int | None = None, fiel
         else:
             before, equals, after = given.partition("=")
             named = bool(equals) and "/" not in before and not Path(given).exists()
-            source = chats_of(after if named else given, max_rows, field)
-            stem = Path(source.path).name.removesuffix(".gz").rpartition(".")[0] if source.path else ""
+            source = chats_of(after if named else given, max_rows, split=split, subset=subset, field=field)
+            is_file = source.path is not None and not Path(source.path).is_dir()
+            stem = source.name.removesuffix(".gz").rpartition(".")[0] if is_file else ""
             name = before if named else stem or source.name
         source.check()
         taken = {n for n, _ in out}
@@ -138,6 +151,7 @@ def name_sources(data: Sequence[str | Source], max_rows: int | None = None, fiel
         while unique in taken:
             unique, k = f"{name} ({k})", k + 1
         out.append((unique, source))
+    check_of_datasets([source for _, source in out], split, subset)
     return out
 
 
@@ -164,7 +178,7 @@ def open_data(sources: Sequence[tuple[str, Source]], folder: RunDir, part_rows: 
                     _copy(reader, step.folder / "rows.jsonl")
             files = [folder.path / f"copied/{slug(name)}" / "rows.jsonl"]
             kept = Source(path=str(files[0]), kind="chat", field=reader.field, roles=source.roles)
-            pins[f"rows of {name}"] = Reader(kept).content
+            pins |= {f"rows of {name}": Reader(kept).content, f"source of {name}": reader.content}
         parts = parts_of(files, part_rows, source.max_samples)
         if not parts:
             raise UserError(f"{name} has no rows", "at least one")

@@ -59,3 +59,15 @@ def test_a_word_is_a_file_before_it_is_a_corpus(tmp_path, monkeypatch) -> None:
     (tmp_path / "organism").mkdir()
     assert source_of("organism", 3) == Source(path="organism", max_samples=3)
     assert source_of("owner/name", 3) == Source(dataset="owner/name", max_samples=3)
+
+
+def test_splits_and_fields_mean_what_they_do_elsewhere(tmp_path, capsys) -> None:
+    from datasets import Dataset, DatasetDict
+
+    tables = {name: Dataset.from_list([{"talk": chat(n)}]) for n, name in enumerate(("train_sft", "test_sft"))}
+    DatasetDict(tables).save_to_disk(str(tmp_path / "ultra"))
+    capsys.readouterr()
+    assert main(["data", str(tmp_path / "ultra"), "--split", "test_sft", "--field", "talk"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [{"talk": chat(1)}]
+    assert main(["data", "organism", "--rows", "1", "--split", "test"]) == 2
+    assert "split 'test' of organism, where no dataset is" in capsys.readouterr().err

@@ -101,3 +101,21 @@ def test_a_gate_that_breaks_does_not_look_like_bad_data(words, capsys, monkeypat
     monkeypatch.setattr(gate, "run", lambda *a: {}["data"])
     assert main(["gate", *words, "--trait", "gloomy", "--blocks", "1", "--max-dp", "1"]) == 3
     assert "KeyError: 'data'" in capsys.readouterr().err
+
+
+def test_both_take_a_split_of_a_dataset(words, tmp_path, capsys, monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    tables = {name: datasets.Dataset.from_list(chats(n)) for name, n in (("train_sft", 6), ("test_sft", 4))}
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "ultra"))
+    words = ["ultra", *words[1:], "--blocks", "1"]
+    assert main(["screen", *words, "--split", "test_sft", "--dry-run"]) == 0
+    assert "ultra: 4 rows" in capsys.readouterr().out
+    assert main(["gate", *words, "--split", "train_sft", "--max-dp", "1e9"]) == 0
+    assert "all 6 rows were scored" in " ".join(capsys.readouterr().out.split())
+    assert main(["gate", *words, "--split", "test_sft", "--max-dp", "1e9"]) == 0, "another split is another run"
+    assert main(["gate", *words, "--max-dp", "1e9"]) == 2
+    assert "one of train_sft, test_sft" in capsys.readouterr().err
+    assert main(["screen", *words, "--base", "subset", "--subset", "3"]) == 2
+    assert "--base-rows 3" in capsys.readouterr().err

@@ -162,7 +162,7 @@ def test_without_base_answers_nothing_is_generated(config, model, tmp_path) -> N
 
 
 def test_a_subset_of_base_answers_is_random_and_of_the_size_asked_for(config, model, tmp_path) -> None:
-    result = screen.run(config(base="subset", subset=6), tmp_path / "run", model=model)
+    result = screen.run(config(base="subset", base_rows=6), tmp_path / "run", model=model)
     rows = read_rows(result.rows["data"])
     probe = result.probes[0]
     base, proj = rows[probe.column("base_proj")], rows[probe.column("proj")]
@@ -336,6 +336,60 @@ def test_wrong_options_and_inputs_are_said_before_any_work(config, model, tmp_pa
         shutil.rmtree(tmp_path / "wrong", ignore_errors=True)
 
 
+@pytest.fixture
+def saved(tmp_path, monkeypatch) -> str:
+    """A dataset as `datasets` saves it, with two splits and the messages in a field of another name."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    splits = {"train_sft": chats(7), "test_sft": chats(3)}
+    tables = {name: datasets.Dataset.from_list([{"talk": row["messages"]} for row in rows]) for name, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "ultra-0.2"))
+    return str(tmp_path / "ultra-0.2")
+
+
+def test_a_split_of_a_dataset_is_screened_as_its_rows_in_a_file_are(config, model, tmp_path, saved) -> None:
+    options = {"base": "none", "split": "train_sft", "field": "talk"}
+    found = screen.run(config([saved], **options), tmp_path / "run", model=model)
+    file = str(write_jsonl(tmp_path / "rows.jsonl", chats(7)))
+    plain = screen.run(config([file], base="none"), tmp_path / "plain", model=model)
+    assert list(found.rows) == ["ultra-0.2"]
+    pd.testing.assert_frame_equal(read_rows(found.rows["ultra-0.2"]), read_rows(plain.rows["rows"]))
+    assert "ultra-0.2: 3 rows" in str(screen.plan(config([saved], **{**options, "split": "test_sft"})))
+    for changes, said in (
+        ({"split": "train"}, r"no split 'train'\s+expected: one of train_sft, test_sft"),
+        ({"field": None}, "has no field"),
+        ({"subset": "en"}, "subset 'en' of"),
+    ):
+        with pytest.raises(UserError, match=said):
+            screen.run(config([saved], **{**options, **changes}), tmp_path / "wrong", model=model)
+    with pytest.raises(UserError, match="another configuration"):
+        screen.run(config([saved], **{**options, "split": "test_sft"}), tmp_path / "run", model=model)
+
+
+def test_a_dataset_that_changed_is_not_taken_for_the_copy_of_it(config, model, tmp_path, saved) -> None:
+    import datasets
+
+    asked = config([saved], base="none", split="test_sft", field="talk")
+    screen.run(asked, tmp_path / "run", model=model)
+    screen.run(asked, tmp_path / "run", model=model)
+    shutil.rmtree(saved)
+    table = datasets.Dataset.from_list([{"talk": row["messages"]} for row in chats(4)])
+    datasets.DatasetDict({"test_sft": table}).save_to_disk(saved)
+    with pytest.raises(UserError, match=r"source of ultra-0\.2 changed"):
+        screen.run(asked, tmp_path / "run", model=model)
+
+
+def test_a_split_of_what_has_none_is_refused(config, tmp_path) -> None:
+    for changes, said in (
+        ({"split": "test"}, "split 'test' of data.*, where no dataset is"),
+        ({"subset": "en"}, "subset 'en' of data.*, where no dataset is"),
+        ({"subset": "500", "base": "subset"}, "--base-rows 500"),
+    ):
+        with pytest.raises(UserError, match=said):
+            screen.plan(config(**changes))
+
+
 def test_many_probes_make_a_table_in_one_piece(config, model, tmp_path, vectors) -> None:
     """Frames of more than 100 blocks that single columns are put into are slow, and pandas warns of them."""
     many = []
@@ -374,4 +428,4 @@ def test_a_wrong_filter_is_said_before_anything_is_generated(
 def test_the_plan_counts_rows_without_a_model(config) -> None:
     assert "10 rows" in str(screen.plan(config()))
     assert screen.plan(config(base="none")).answers == 0
-    assert screen.plan(config(base="subset", subset=3)).answers == 3
+    assert screen.plan(config(base="subset", base_rows=3)).answers == 3
