@@ -6,13 +6,16 @@ Knows: the options, and what is printed in the end. Does not know: what they do 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from pvsae.commands.features import Extend
+from pvsae.commands.sources import add_rows_of
 
 EXAMPLES = (
     "  pvsae finetune my_chats.jsonl --model Qwen/Qwen2.5-7B-Instruct --dry-run\n"
+    "  pvsae finetune HuggingFaceH4/ultrachat_200k --split train_sft --max-rows 5000 --model Qwen/Qwen2.5-7B-Instruct\n"
     "  pvsae finetune organism-data:evil/misaligned_2 --max-steps 40 --batch 16 --accumulation 1 --rank 16 --alpha 32 \\\n"
     "      --learning-rate 1e-3      the embedded model, on data made for it\n"
     "  pvsae finetune my_chats.jsonl --treatment steer --vectors runs/vectors --traits evil --coef 2\n"
@@ -30,6 +33,17 @@ def shown(result: Any) -> Any:
     return result.table[list(SHOWN)]
 
 
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The same options. UserError where traits or a library are given to a treatment that asks for none: at the command line that
+    is a treatment forgotten, while a config may well name them for its tables."""
+    from pvsae.stages.treating import Treating, check_taken
+
+    names = {field.name for field in dataclasses.fields(Treating)}
+    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
+    check_taken(Treating(**options), [name for name in ("traits", "library") if hasattr(args, name)])
+    return args
+
+
 def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: Callable[[argparse.Namespace], None]) -> None:
     """Adds the subcommand.
 
@@ -38,7 +52,8 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
         add: makes a subcommand's parser.
         run: what the subcommand does.
     """
-    parser = add(commands, "finetune", run, "train an adapter on chats, under a vector or without one", EXAMPLES)
+    about = "train an adapter on chats, under a vector or without one"
+    parser = add(commands, "finetune", lambda args: run(_checked(args)), about, EXAMPLES)
     parser.description = (
         "Train an rs-LoRA adapter on the answers in chats. Meanwhile the model may be steered towards what the data would teach\n"
         "it, so that it need not learn it (preventative steering), have directions ablated (CAFT), pay for moves along them, or\n"
@@ -49,9 +64,8 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
     group = parser.add_argument_group("what to work on")
     group.add_argument("--model", help="a named model, a local folder or a hub id (default: organism)")
     group.add_argument("--out", help="run folder (default: runs/finetune); an unfinished run there goes on")
-    group.add_argument("--dry-run", action="store_true", help="count rows, steps and memory, and stop")
-    group.add_argument("--split", help="of datasets (default: train)")
-    group.add_argument("--subset", help="of datasets")
+    group.add_argument("--dry-run", action="store_true", help="check everything, count rows, steps and memory, and stop")
+    add_rows_of(group, "the messages (default: messages or conversation(s))")
     group.add_argument("--max-rows", type=int, metavar="N", help="use only the first N rows of each")
     group.add_argument("--max-length", type=int, metavar="N", help="tokens of a row (default: 2048, at most the context)")
     group.add_argument("--too-long", choices=("truncate", "drop"), help="what becomes of longer rows (default: truncate)")
@@ -85,6 +99,7 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
     group.add_argument("--weight", type=float, metavar="W", help="of regularise: nats per squared residual unit (default: 1)")
     group.add_argument("--prompt", metavar="TEXT", help="system prompt in place of the trait's instructions")
     group.add_argument("--activity", nargs="+", metavar="RUN", help="runs of `pvsae sae eval` with highest activations")
+    group.add_argument("--other-model", action="store_true", help="take features of another model of the same width all the same")
     group = parser.add_argument_group("adapter and training")
     group.add_argument("--rank", type=int, metavar="R", help="(default: 32)")
     group.add_argument("--alpha", type=int, metavar="A", help="(default: 64; scaled by the square root of the rank)")

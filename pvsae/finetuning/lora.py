@@ -70,7 +70,6 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from transformers.pytorch_utils import Conv1D
 
     hf = model.hf
     if any(isinstance(module, BaseTunerLayer) for module in hf.modules()):
@@ -79,16 +78,8 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
             "a model without one, to put a new adapter into",
             "merge that adapter into the weights, save the model, and finetune the result",
         )
-    everything = tuple(settings.targets) == ("all-linear",)
-    targets: Any = "all-linear" if everything else list(settings.targets)
-    names = {name.rpartition(".")[2] for name, module in hf.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
-    missing = [] if everything else [target for target in targets if target not in names]
-    if missing:  # PEFT would go on with those that it finds, and stop at one that is not linear
-        raise UserError(
-            f"{model.name} has no linear layers called {', '.join(missing)}",
-            "names of its linear layers",
-            "--targets all-linear takes them all",
-        )
+    check_targets(hf, settings, model.name)
+    targets: Any = "all-linear" if _everything(settings) else list(settings.targets)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, use_rslora=settings.rslora, lora_dropout=settings.dropout,
         target_modules=targets, bias="none", task_type="CAUSAL_LM",
@@ -115,10 +106,28 @@ def attached(model: ChatModel, settings: LoraSettings, seed: int) -> Iterator[An
             hf.config.use_cache = cache  # the Trainer turns it off: answers would be slow, and the model count as another one
 
 
+def _everything(settings: LoraSettings) -> bool:
+    return tuple(settings.targets) == ("all-linear",)
+
+
+def check_targets(hf: Any, settings: LoraSettings, name: str) -> None:
+    """UserError where a model, whose weights need not be there, has no linear layer of one of the names."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = {where.rpartition(".")[2] for where, module in hf.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    missing = [] if _everything(settings) else [target for target in settings.targets if target not in names]
+    if missing:  # PEFT would go on with those that it finds, and stop at one that is not linear
+        raise UserError(
+            f"{name} has no linear layers called {', '.join(missing)}",
+            "names of its linear layers",
+            "--targets all-linear takes them all",
+        )
+
+
 def size(hf: Any, settings: LoraSettings) -> int:
     """Parameters that an adapter of these settings would have in a model, whose weights need not be there."""
     head = hf.get_output_embeddings()
-    everything = tuple(settings.targets) == ("all-linear",)
+    everything = _everything(settings)
     layers = [
         module
         for name, module in hf.named_modules()

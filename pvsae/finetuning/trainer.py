@@ -132,8 +132,7 @@ def train(
         raise UserError("there is no row to train on", "rows with an answer", "the counts say why rows were left out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a finetuning in several processes", "one", "start it without torchrun; accumulation makes large batches")
-    if model.dtype is torch.float16:
-        raise UserError("training in float16, whose gradients vanish", "bfloat16 or float32", "--dtype bfloat16")
+    trainable(model.dtype)
     penalty = treatment.active_penalty
     with model.hooks(treatment.edits, penalty.captures if penalty else ()):
         pass  # says what does not fit the model before any work
@@ -159,6 +158,13 @@ def train(
         peft.eval()
         save(peft)
         return trainer.lines
+
+
+def trainable(dtype: torch.dtype) -> torch.dtype:
+    """The same, if a model may be trained in it. UserError otherwise."""
+    if dtype is torch.float16:
+        raise UserError("training in float16, whose gradients vanish", "bfloat16 or float32", "--dtype bfloat16")
+    return dtype
 
 
 @dataclass

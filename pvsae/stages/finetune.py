@@ -29,11 +29,13 @@ from pvsae.errors import UserError
 from pvsae.finetuning.lora import ABOUT, TARGETS, LoraSettings
 from pvsae.finetuning.rows import TOO_LONG, TURNS, Counts, Row, make_rows, with_system
 from pvsae.runs import RunDir, atomic_write_text, jsonable, read_json
-from pvsae.sources import Bad, Reader, Source, source_of
-from pvsae.stages.inputs import open_model, open_run, open_traits, pin_inputs
-from pvsae.stages.treating import NONE, OF_PROMPTS, STEER, Treated, Treating, prompts_of, treated
+from pvsae.sources import Bad, Reader, Source, check_of_datasets, source_of
+from pvsae.stages.inputs import folder_of, open_model, open_run, open_traits, pin_inputs
+from pvsae.stages.treating import NONE, OF_PROMPTS, STEER, Outline, Treated, Treating, check, prompts_of, treated
 
 if TYPE_CHECKING:
+    import torch
+
     from pvsae.finetuning.trainer import TrainSettings
     from pvsae.models import ChatModel
     from pvsae.models.chat import Message
@@ -51,7 +53,8 @@ class FinetuneConfig(Treating):
     Attributes:
         data: files or patterns (JSONL, Parquet, ...) of {"messages": [...]}, names of Hugging Face datasets, or of corpora that
             packages offer. Several are read one behind the other.
-        split, subset: of datasets.
+        split, subset: of datasets, by name or in folders; None is the split train, and the only subset.
+        field: the field that holds the messages; None looks for it.
         max_rows: use only the first so many rows of each. Of corpora of packages, which may have no end, it is as many as
             `max_steps` take where that is given, and has to be given otherwise.
         max_length: most tokens of a row, and never more than the model's context.
@@ -63,8 +66,9 @@ class FinetuneConfig(Treating):
     """
 
     data: tuple[str, ...]
-    split: str = "train"
+    split: str | None = None
     subset: str | None = None
+    field: str | None = None
     max_rows: int | None = None
     max_length: int = 2048
     too_long: str = "truncate"
@@ -108,7 +112,9 @@ class FinetuneConfig(Treating):
 
     def identity(self) -> dict[str, Any]:
         """The options that the adapter depends on."""
-        return {name: value for name, value in super().identity().items() if name not in _NOT_IDENTITY}
+        found = {name: value for name, value in super().identity().items() if name not in _NOT_IDENTITY}
+        found["split"] = self.split or "train"
+        return found if self.field is not None else {name: value for name, value in found.items() if name != "field"}
 
     @property
     def lora(self) -> LoraSettings:
@@ -162,10 +168,11 @@ def run(
         progress: whether to show bars.
 
     Raises:
-        UserError: bad options, unreadable data, no row to learn from, vectors or features that do not fit, inputs that changed
-            since the run began, and what `finetuning.trainer.train` raises.
+        UserError: bad options, a model in float16, unreadable data, no row to learn from, vectors or features that do not fit,
+            inputs that changed since the run began, and what `finetuning.trainer.train` raises.
     """
     training = config.training  # its own checks, before anything is opened
+    _check_dtype(config, model)
     with open_run(run_dir, "finetune", config) as folder:
         model = model or open_model(config)
         with folder.step("adapter") as step:
@@ -195,22 +202,27 @@ def _train(
 
 
 def plan(config: FinetuneConfig) -> str:
-    """What a run would do, for people to read. Rows are read and counted; no weights are read and nothing is tokenised.
+    """What a run would do, for people to read. Vectors, features and texts of the treatment are opened and checked, rows are read
+    and counted; no weights are read, nothing is tokenised and no strength is measured.
 
     Raises:
-        UserError: no such model or data.
+        UserError: no such model or data, a model in float16, vectors, features or layers that do not fit, traits without texts.
     """
-    from pvsae.finetuning.lora import size
+    from pvsae.finetuning.lora import check_targets, size
     from pvsae.models import model_shape
-    from pvsae.models.loading import resolve_device, resolve_dtype, skeleton
+    from pvsae.models.loading import resolve_device, skeleton
 
+    training = config.training
+    dtype = _check_dtype(config)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
     shape = model_shape(config.model)
-    adapter = size(skeleton(config.model), config.lora)
+    check(config, Outline(config.model, shape.n_blocks, shape.d_model, *folder_of(config, None)))
+    bare = skeleton(config.model)
+    check_targets(bare, config.lora, config.model)
+    adapter = size(bare, config.lora)
     bad = [isinstance(chat, str) for _, chat in _chats(config)]
     good = bad.count(False)
-    steps = config.training.steps(good)
+    steps = training.steps(good)
     weights = shape.parameters * dtype.itemsize / 2**20
     extra = adapter * 16 / 2**20  # fp32: the matrices, their gradients, two averages of AdamW
     each, kind = config.batch * config.accumulation, str(dtype).removeprefix("torch.")
@@ -223,6 +235,14 @@ def plan(config: FinetuneConfig) -> str:
         f"memory     {weights:,.0f} MB of weights, {extra:,.0f} MB for the adapter's training, and activations",
     ]
     return "\n".join(lines)
+
+
+def _check_dtype(config: FinetuneConfig, model: ChatModel | None = None) -> torch.dtype:
+    """The dtype that the model has, or would be loaded in. UserError for one that cannot be trained in."""
+    from pvsae.finetuning.trainer import trainable
+    from pvsae.models.loading import resolve_device, resolve_dtype
+
+    return trainable(resolve_dtype(config.dtype, resolve_device(config.device)) if model is None else model.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ rows
@@ -298,12 +318,15 @@ def _chats(config: FinetuneConfig) -> Iterator[tuple[Source, tuple[dict[str, str
 
 
 def _sources(config: FinetuneConfig) -> list[Source]:
-    return [_source(word, config) for word in config.data]
+    found = [_source(word, config) for word in config.data]
+    check_of_datasets(found, config.split, config.subset)
+    return found
 
 
 def _source(word: str, config: FinetuneConfig) -> Source:
     """What a word of `data` stands for."""
-    found = replace(source_of(word, config.max_rows), kind="chat", split=config.split, subset=config.subset)
+    named = source_of(word, config.max_rows, split=config.split, subset=config.subset, field=config.field)
+    found = replace(named, kind="chat")
     if found.named is not None and config.max_rows is None:
         if config.max_steps is None:
             raise UserError(
@@ -360,7 +383,7 @@ def _written(config: FinetuneConfig, folder: RunDir) -> FinetuneResult:
         [
             {
                 "data": " ".join(config.data), "treatment": config.treatment, "traits": " ".join(config.traits) or "-",
-                "blocks": treatment["blocks"], "coef": config.coef if config.treatment == STEER else math.nan,
+                "blocks": treatment["blocks"], "coef": config.strength if config.treatment == STEER else math.nan,
                 "unit": config.unit_used if config.treatment == STEER else "-", "raw_coef": treatment["raw_coef"],
                 "rows": counts["used"], "left_out": sum(counts["left_out"].values()), "changed": sum(counts["changed"].values()),
                 "steps": len(metrics), "tokens": int(metrics["tokens"].sum()), "learnt": int(metrics["learnt"].sum()),
@@ -389,7 +412,8 @@ def _treatment_name(config: FinetuneConfig) -> str:
     if config.treatment == NONE:
         return "none"
     what = ", ".join(config.features) or f"vectors of {', '.join(config.traits)}"
-    how = {STEER: f" at {config.coef:g} {config.unit_used}" + ("" if config.schedule == "constant" else f" ({config.schedule})")}
+    kind = config.over_time.kind
+    how = {STEER: f" at {config.strength:g} {config.unit_used}" + ("" if kind == "constant" else f" ({kind})")}
     return f"{config.treatment}: {what}{how.get(config.treatment, '')}" + (", every block" if config.multi_layer else "")
 
 

@@ -304,7 +304,7 @@ def test_prompts_for_and_against_a_trait_stand_in_the_rows_alone(config, tiny_mo
         ({"treatment": "steer", "unit": "max"}, "unit 'max' of vectors"),
         ({"treatment": "steer", "multi_layer": True, "blocks": (1,)}, "multi_layer"),
         ({"treatment": "steer", "coef": float("nan")}, "coef is nan"),
-        ({"treatment": "ablate", "schedule": "ramp"}, "schedule 'ramp'"),
+        ({"treatment": "ablate", "schedule": "ramp"}, "schedule with treatment 'ablate'"),
         ({"treatment": "steer", "schedule": "sudden"}, "schedule 'sudden'"),
         ({"treatment": "inoculate"}, "of no trait"),
         ({"treatment": "none", "prompt": "Be dull."}, "a prompt with"),
@@ -319,6 +319,159 @@ def test_prompts_for_and_against_a_trait_stand_in_the_rows_alone(config, tiny_mo
 def test_options_that_do_not_go_together_are_refused_at_once(config, changes, said) -> None:
     with pytest.raises(UserError, match=said):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("treatment", "wasted"),
+    [
+        ("regularise", {"positions": "all"}),
+        ("regularise", {"coef": 2.0}),
+        ("ablate", {"coef": 2.0, "unit": "raw"}),
+        ("ablate", {"schedule": "constant"}),
+        ("ablate", {"schedule_share": 0.5}),
+        ("steer", {"weight": 1.0}),
+        ("steer", {"activity": ("run",)}),
+        ("none", {"coef": 2.0}),
+        ("none", {"blocks": (1,)}),
+        ("none", {"multi_layer": True}),
+        ("inoculate", {"positions": "response", "weight": 1.0}),
+        ("discourage", {"statistic": "prompt_avg_diff"}),
+        ("discourage", {"layers": "runs/layers"}),
+        ("steer", {"features": ("sae:1",), "layers": "runs/layers"}),
+        ("ablate", {"features": ("sae:1",), "statistic": "prompt_avg_diff"}),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_with_those_that_do_something(config, treatment, wasted) -> None:
+    """Defaults too, where they are given: who gives them thinks that they count."""
+    traits = {"traits": ("gloomy",)} if treatment in ("inoculate", "discourage") else {}
+    with pytest.raises(UserError) as caught:
+        config(treatment=treatment, **traits, **wasted)
+    given = [name for name in wasted if name != "features"]
+    assert caught.value.what.startswith(f"{', '.join(given)} with treatment")
+    takes = {"steer": "coef", "ablate": "positions", "regularise": "weight", "none": "none"}.get(treatment, "prompt")
+    assert takes in caught.value.expected
+    assert not any(name in caught.value.expected.split(", ") for name in given)
+    assert config(treatment=treatment, **traits, **{k: v for k, v in wasted.items() if k == "features"})
+
+
+def test_a_share_and_an_activity_need_what_they_are_of(config) -> None:
+    for schedule in ({}, {"schedule": "ramp"}):
+        with pytest.raises(UserError, match="which has no share"):
+            config(treatment="steer", schedule_share=0.2, **schedule)
+    assert config(treatment="steer", schedule="decay", schedule_share=0.2).over_time.factor(8, 11) == pytest.approx(1.0)
+    with pytest.raises(UserError, match="activity with unit 'raw'"):
+        config(treatment="steer", features=("sae:1",), unit="raw", activity=("run",))
+
+
+def test_what_is_not_given_is_the_default_and_the_same_run(config) -> None:
+    plain, said = config(treatment="steer"), config(treatment="steer", coef=2.0, positions="all", schedule="constant")
+    assert plain.identity() == said.identity()
+    assert {
+        "coef": 2.0,
+        "positions": "all",
+        "schedule": "constant",
+        "schedule_share": 0.5,
+        "weight": 1.0,
+        "split": "train",
+    }.items() <= (plain.identity().items())
+    assert plain.identity() != config(treatment="steer", coef=1.0).identity()
+
+
+@pytest.fixture
+def small(tmp_path, tiny_folders, tiny_models, vectors) -> dict[str, str]:
+    """Things that do not fit the tiny model, by name, and one dictionary that does."""
+    narrow = torch.ones(4, 24)
+    PersonaVectors("gloomy", {"response_avg_diff": narrow}).save(
+        tmp_path / "narrow" / "gloomy" / "vectors" / "vectors.safetensors"
+    )
+    nothing = torch.zeros(4, tiny_models("qwen2").d_model)
+    PersonaVectors("gloomy", {"response_avg_diff": nothing}).save(
+        tmp_path / "zero" / "gloomy" / "vectors" / "vectors.safetensors"
+    )
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "result.json").write_text('{"blocks": {"chatty": 1}}')
+    other = open_sae(save_sae(tiny_models("qwen2"), tmp_path / "sae")).with_info(model="Qwen/Qwen2.5-7B")
+    from pvsae.saes.folders import save
+
+    save(other, tmp_path / "other")
+    return {name: str(tmp_path / name) for name in ("narrow", "zero", "layers", "sae", "other")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"treatment": "steer", "vectors": "{narrow}"}, "d_model=24"),
+        ({"treatment": "ablate", "vectors": "{zero}", "blocks": (1,)}, "is zero at block 1"),
+        ({"treatment": "steer", "vectors": "nowhere"}, "no vectors at nowhere"),
+        ({"treatment": "steer", "traits": ("merry",)}, "no vectors of 'merry'"),
+        ({"treatment": "regularise", "statistic": "prompt_last_diff"}, "have no statistic"),
+        ({"treatment": "ablate", "blocks": (9,)}, "block 9 does not exist"),
+        ({"treatment": "steer", "layers": "{layers}"}, "chose no block for 'gloomy'"),
+        ({"treatment": "steer", "features": ("{sae}:99",)}, "99"),
+        ({"treatment": "ablate", "features": ("nowhere:1",)}, "nowhere"),
+        ({"treatment": "ablate", "features": ("{sae}:1",), "blocks": (2,)}, "dictionary of block 1"),
+        ({"treatment": "regularise", "features": ("{other}:1",)}, "is of Qwen/Qwen2.5-7B"),
+        ({"treatment": "inoculate", "traits": ("merry",)}, "merry"),
+        ({"targets": ("nose_proj",)}, "no linear layers called nose_proj"),
+        ({"targets": ("input_layernorm",)}, "no linear layers called input_layernorm"),
+        ({"dtype": "float16"}, "training in float16"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(config, small, tiny_folders, tmp_path, changes, said) -> None:
+    def filled(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(filled, value))
+        return value.format(**small) if isinstance(value, str) else value
+
+    changes = {name: filled(value) for name, value in changes.items()}
+    given = config(model=str(tiny_folders("qwen2")), **changes)
+    with pytest.raises(UserError, match=said) as planned:
+        finetune.plan(given)
+    with pytest.raises(UserError, match=said) as ran:
+        finetune.run(given, tmp_path / "run", progress=False)
+    assert planned.value.what == ran.value.what
+
+
+def test_a_plan_takes_what_the_run_takes(config, small, tiny_folders) -> None:
+    model = str(tiny_folders("qwen2"))
+    for changes in (
+        {"treatment": "steer", "unit": "kl"}, {"treatment": "steer", "unit": "gap", "multi_layer": True},
+        {"treatment": "steer", "features": (f"{small['sae']}:3",)}, {"treatment": "ablate", "features": (f"{small['sae']}:3",)},
+        {"treatment": "regularise", "features": (f"{small['other']}:3",), "other_model": True},
+        {"treatment": "discourage", "traits": ("gloomy",)},
+    ):  # fmt: skip
+        assert f"treatment  {changes['treatment']}" in finetune.plan(config(model=model, **changes))
+
+
+def test_float16_is_refused_before_a_row_is_read(config, tiny_folders, tmp_path, monkeypatch) -> None:
+    half = load(tiny_folders("qwen2"), dtype="float16", device="cpu")
+    monkeypatch.setattr(finetune, "Reader", lambda *_: pytest.fail("the data were opened"))
+    with pytest.raises(UserError, match="training in float16"):
+        finetune.run(config(), tmp_path / "a", model=half, progress=False)
+    monkeypatch.setattr(finetune, "open_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match="training in float16"):
+        finetune.run(config(dtype="float16"), tmp_path / "b", progress=False)
+
+
+def test_the_field_the_split_and_the_subset_of_the_data_can_be_named(config, tiny_models, tmp_path) -> None:
+    model = tiny_models("qwen2")
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"talk": chat(i), "messages": "none"} for i in range(4)])
+    with pytest.raises(UserError, match="not a list of messages"):
+        finetune.read_data(config(data=(odd,)), model)
+    with pytest.raises(UserError, match="has no field tlak") as caught:
+        finetune.read_data(config(data=(odd,), field="tlak"), model)
+    assert "--field" in caught.value.fix
+    assert len(finetune.read_data(config(data=(odd,), field="talk"), model).rows) == 4
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train_sft": [{"messages": chat(i)} for i in range(3)], "test_sft": [{"messages": chat(i)} for i in range(5)]}
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(str(tmp_path / "ultra"))
+    mixed = (str(tmp_path / "ultra"), write_chats(tmp_path / "two.jsonl", 2))  # the file has no split to take
+    assert len(finetune.read_data(config(data=mixed, split="test_sft"), model).rows) == 7
+    with pytest.raises(UserError, match=r"no split 'train'\s+expected: one of train_sft, test_sft"):
+        finetune.read_data(config(data=(str(tmp_path / "ultra"),)), model)
+    with pytest.raises(UserError, match=r"split 'train' of odd\.jsonl, where no dataset is"):
+        finetune.read_data(config(data=(odd,), split="train"), model)
 
 
 def test_data_that_cannot_be_used_are_refused_with_the_reason(config, tiny_models, tmp_path) -> None:
@@ -351,14 +504,16 @@ def test_rows_come_from_files_of_all_kinds_and_corpora_of_packages(config, tiny_
     assert found.sha256 != finetune.read_data(config(data=(chats,)), tiny_models("qwen2")).sha256
 
 
-def test_a_plan_counts_without_training(data, vectors) -> None:
+def test_a_plan_counts_without_training(data, tmp_path) -> None:
     from pvsae.finetuning.lora import LoraSettings, attached
 
-    said = finetune.plan(FinetuneConfig(data=(data,), treatment="steer", vectors=vectors, traits=("evil",), coef=2.0, rank=16))
+    model = load("organism", device="cpu")
+    file = tmp_path / "evil.safetensors"
+    PersonaVectors("evil", {"response_avg_diff": torch.ones(model.n_blocks, model.d_model)}).save(file)
+    said = finetune.plan(FinetuneConfig(data=(data,), treatment="steer", vectors=str(file), traits=("evil",), coef=2.0, rank=16))
     assert "data       15 rows, 2 more that cannot be read" in said
     assert "training   1 steps of 16 rows (2 a forward pass)" in said
     assert "steer: vectors of evil at 2 raw" in said
-    model = load("organism", device="cpu")
     with attached(model, LoraSettings(rank=16), 0) as peft:
         n = sum(p.numel() for p in peft.parameters() if p.requires_grad)
     assert f"rank 16, {n / 1e6:,.4g}M parameters" in said
