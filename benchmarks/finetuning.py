@@ -8,8 +8,8 @@ forward pass, cross-entropy of the learnt tokens alone, backward pass, clipping,
 and all 16 rows of a step in one forward pass; once under preventative steering, which the plain loop does by a forward hook of
 torch, and two rows a pass. The small model is where bookkeeping weighs most. What is taken is the time from the first forward
 pass of a step to that of the next one, by the clock, and of the processor, which other programs disturb less; what a training
-needs beside its steps (making the adapter and taking it out, and ours a Trainer and a checkpoint) is given by itself. The two take
-turns, after one warm-up each; medians over all steps.
+needs beside its steps (making the adapter and taking it out, and ours a Trainer and a checkpoint) is given by itself. The two
+take turns, after one warm-up each; medians over all steps.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def bare(model: ChatModel, rows: Sequence[Row], case: Case, steps: int, add: Add
             total = 0.0
             for first in range(0, A_STEP, case.batch):
                 loss = _loss(peft, some[first : first + case.batch], model.pad_id) / learnt
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(free, settings.max_grad_norm)
             optimiser.step()

@@ -34,13 +34,13 @@ def shown(result: Any) -> Any:
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
-    """The same options. UserError where traits or a library are given to a treatment that asks for none: at the command line that
-    is a treatment forgotten, while a config may well name them for its tables."""
-    from pvsae.stages.treating import Treating, check_taken
+    """The same options. UserError for those that were given and would do nothing: defaults too, and traits or a library, which at
+    the command line are a treatment forgotten, while a config may well name them for its tables."""
+    from pvsae.stages.treating import OPTIONS, Treating, check_taken
 
     names = {field.name for field in dataclasses.fields(Treating)}
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
-    check_taken(Treating(**options), [name for name in ("traits", "library") if hasattr(args, name)])
+    check_taken(Treating(**options), [name for name in OPTIONS if hasattr(args, name)])
     return args
 
 

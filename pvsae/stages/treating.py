@@ -133,7 +133,8 @@ class Treating(Setup):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", "at least 1")
         _ = self.over_time
-        check_taken(self, [name for name in _OPTIONS if getattr(self, name) != _defaults()[name]])
+        own = [name for name in OPTIONS if name not in ("traits", "library")]  # those may be there for a table
+        check_taken(self, [name for name in own if getattr(self, name) != _defaults()[name]])
 
     def identity(self) -> dict[str, Any]:
         """As of every stage, with what stands for options that are not given; what is allowed changes no number."""
@@ -168,8 +169,7 @@ class Treating(Setup):
 
 
 # `vectors`, `features` and `prompt` have checks of their own.
-_OPTIONS = tuple(name for name in dict.fromkeys(name for some in TAKEN.values() for name in some)
-                 if name not in ("vectors", "features", "prompt", "traits", "library"))  # fmt: skip
+OPTIONS = tuple(dict.fromkeys(name for some in TAKEN.values() for name in some if name not in ("vectors", "features", "prompt")))
 
 
 def _defaults() -> dict[str, Any]:

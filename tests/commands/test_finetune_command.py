@@ -31,6 +31,7 @@ VECTORS = ("--vectors", "v.safetensors", "--traits", "gloomy")
         (("--library", "mine"), "library with treatment 'none'"),
         (("--treatment", "regularise", *VECTORS, "--positions", "all"), "positions with treatment 'regularise'"),
         (("--treatment", "ablate", *VECTORS, "--coef", "2"), "coef with treatment 'ablate'"),
+        (("--treatment", "inoculate", "--prompt", "Be dull.", "--statistic", "response_avg_diff"), "statistic with treatment"),
         (("--treatment", "steer", *VECTORS, "--weight", "1"), "weight with treatment 'steer'"),
         (("--treatment", "steer", "--feature", "x:1", "--traits", "gloomy"), "traits with treatment 'steer of features'"),
         (("--treatment", "inoculate", "--prompt", "Be dull.", "--traits", "gloomy"), "traits with treatment 'inoculate'"),
