@@ -3,9 +3,9 @@
 Knows: Ray, imported when this engine is asked for and not before. Does not know: what a shard holds (worker.py).
 
 Only the names of parts go through Ray. Each worker reads its rows where they lie and writes its shards to the run folder, so
-data, run folder and model have to be reachable under the same paths on every machine. A worker that dies is started again by Ray,
-on another machine if its own is gone, and finds in the cache what it had generated. Nothing is reported to anybody: usage statistics
-are turned off.
+data, run folder and model have to be reachable under the same paths on every machine. A worker that dies is started again by Ray
+(on another machine where its own is gone), and finds in the cache what it had generated. Nothing is reported to anybody: usage
+statistics are turned off.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +150,21 @@ def everywhere(job: Job) -> Job:
     return replace(job, data=data, model=model, answers=job.answers.resolve(), shards=job.shards.resolve())
 
 
+def check_installed() -> None:
+    """UserError where Ray is not installed. Does not import it."""
+    if find_spec("ray") is None:
+        raise UserError("Ray is not installed", "it, for --engine ray", "pip install 'pvsae[ray]'")
+
+
 def _ray() -> Any:
+    check_installed()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without GPUs leaves CUDA_VISIBLE_DEVICES alone
     try:
         import ray
         import ray.data
-    except ImportError:
-        raise UserError("Ray is not installed", "it, for --engine ray", "pip install 'pvsae[ray]'") from None
+    except ImportError as error:
+        raise UserError(f"Ray Data cannot be imported: {error}", "all of ray[data]", "pip install 'pvsae[ray]'") from error
     return ray
 
 

@@ -40,15 +40,15 @@ def pool_size(workers: int, needs: Amounts, machines: Sequence[Amounts], free: A
         raise UserError(
             f"no machine of the Ray cluster can hold a worker: it has {has}",
             f"{_words(needs)} on one machine for each worker",
-            "`ray start --address=HEAD:PORT --num-cpus=N --num-gpus=N` on a machine that has them (a cluster that grows by itself "
-            "has to be given one such machine first)" + (", or --device cpu" if "GPU" in needs else ""),
+            "`ray start --address=HEAD:PORT --num-cpus=N --num-gpus=N` on a machine that has them (a cluster that grows on "
+            "demand has to have one first)" + (", or --device cpu" if "GPU" in needs else ""),
         )
     said = []
     if size < workers:
         said.append(f"the Ray cluster can hold {size} of {workers} workers: it has {has}, a worker takes {_words(needs)}")
     now = min(size, fit(free, needs))
     if now < size:
-        left = f"a worker takes {_words(needs)}, free {'is' if len(needs) == 1 else 'are'} {_words({n: free.get(n, 0) for n in needs})}"
+        left = f"a worker takes {_words(needs)}; free: {_words({name: free.get(name, 0) for name in needs})}"
         if now:
             said.append(f"the Ray cluster is busy: {now} of {size} workers can start now, the rest when there is room ({left})")
         else:
@@ -57,5 +57,5 @@ def pool_size(workers: int, needs: Amounts, machines: Sequence[Amounts], free: A
 
 
 def _words(amounts: Amounts) -> str:
-    """ "2 CPU and 0.5 GPU". """
+    """ "2 CPU and 0.5 GPU"."""
     return " and ".join(f"{round(amount, 3):g} {name}" for name, amount in amounts.items())

@@ -1,4 +1,4 @@
-"""`pvsae screen --engine ray`, struck five times: its own process, its workers, a machine of its cluster. One process's numbers."""
+"""`pvsae screen --engine ray`, its own process, its workers and a machine of its cluster killed: the numbers of one process."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def start(tmp_path, tiny_folders, tiny_models, marked) -> Callable[..., subproce
     rows = [{"messages": [{"role": "user", "content": f"Number {i}?"}, c["messages"][1]]} for i, c in enumerate(chats(ROWS))]
     write_jsonl(tmp_path / "data.jsonl", [*rows[:100], b"broken", *rows[100:]])
     line = [sys.executable, "-m", "pvsae", "screen", "data.jsonl", "--vectors", "gloomy.safetensors", "--blocks", "1", "2"]
-    line += ["--model", str(tiny_folders("qwen2")), "--device", "cpu", "--max-new-tokens", "12", "--part-rows", "8", "--select", "3"]
+    line += ["--model", str(tiny_folders("qwen2")), "--device", "cpu"]
+    line += ["--max-new-tokens", "12", "--part-rows", "8", "--select", "3"]
 
     def run(out: str, *options: str) -> subprocess.Popen[bytes]:
         with (tmp_path / "stderr.txt").open("w") as stderr:
