@@ -148,6 +148,7 @@ def test_struck_five_times_it_ends_with_the_same_numbers(tmp_path, marked, clust
         assert process.poll() is None, f"over before {strike}, {said}: {(tmp_path / 'stderr.txt').read_text()}"
         print(f"{strike} after {shards(run)} shards")
         if strike == "driver":
+            assert marked.workers()
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
             until(lambda: not marked.workers(), f"workers outlive their driver: {said}", 60)
