@@ -4,23 +4,32 @@ Knows: Ray, imported when this engine is asked for and not before. Does not know
 
 Only the names of parts go through Ray. Each worker reads its rows where they lie and writes its shards to the run folder, so
 data, run folder and model have to be reachable under the same paths on every machine. A worker that dies is started again by Ray
-and finds in the cache what it had generated. Nothing is reported to anybody: usage statistics are turned off.
+(on another machine where its own is gone), and finds in the cache what it had generated. Nothing is reported to anybody: usage
+statistics are turned off.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pvsae.errors import UserError
 from pvsae.parts import Part
+from pvsae.screening.room import pool_size
 from pvsae.screening.worker import DataSet, Job, Worker
 
+log = logging.getLogger(__name__)
+
 REFUSAL = "refusal"
+PATIENCE = 10.0  # seconds for a cluster to answer at its address
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Actor:
@@ -72,11 +81,12 @@ def screen_on_ray(
     """Makes these shards, and gives each one's note when it is on disk, in no order.
 
     Args:
-        workers: actors, each with a model, one CPU and `gpus` GPUs.
+        workers: actors, each with a model, one CPU and `gpus` GPUs. Fewer where the cluster cannot hold as many, which is logged.
         address: of a running cluster; None is what RAY_ADDRESS says, else a local cluster that ends with the call.
 
     Raises:
-        UserError: Ray is not installed, the cluster cannot be reached, or what a worker had to say to the user.
+        UserError: Ray is not installed, the cluster cannot be reached or cannot hold a worker, or what a worker had to say to
+            the user.
     """
     if not todo:
         return
@@ -85,6 +95,7 @@ def screen_on_ray(
     if started:
         _connect(ray, address or os.environ.get("RAY_ADDRESS"), workers)
     try:
+        size = _pool_size(ray, min(workers, len(todo)), {"CPU": 1, **({"GPU": gpus} if gpus else {})})
         job = everywhere(job)
         index = {data.name: i for i, data in enumerate(job.data)}
         items = [{"data": index[data.name], "part": part.number} for data, part in todo]
@@ -94,7 +105,7 @@ def screen_on_ray(
             Actor,
             fn_constructor_args=(job,),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+            compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=1,
             num_gpus=gpus or None,
         )
@@ -107,6 +118,15 @@ def screen_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def _pool_size(ray: Any, workers: int, needs: dict[str, float]) -> int:
+    """How many workers to ask for. Logs what the user should know about it."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    size, said = pool_size(workers, needs, machines, ray.available_resources())
+    if said:
+        log.warning(said)
+    return size
 
 
 def everywhere(job: Job) -> Job:
@@ -130,14 +150,21 @@ def everywhere(job: Job) -> Job:
     return replace(job, data=data, model=model, answers=job.answers.resolve(), shards=job.shards.resolve())
 
 
+def check_installed() -> None:
+    """UserError where Ray is not installed. Does not import it."""
+    if find_spec("ray") is None:
+        raise UserError("Ray is not installed", "it, for --engine ray", "pip install 'pvsae[ray]'")
+
+
 def _ray() -> Any:
+    check_installed()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without GPUs leaves CUDA_VISIBLE_DEVICES alone
     try:
         import ray
         import ray.data
-    except ImportError:
-        raise UserError("Ray is not installed", "it, for --engine ray", "pip install 'pvsae[ray]'") from None
+    except ImportError as error:
+        raise UserError(f"Ray Data cannot be imported: {error}", "all of ray[data]", "pip install 'pvsae[ray]'") from error
     return ray
 
 
@@ -157,12 +184,29 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
     options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
     try:
         if address:
+            _knock(ray, address)
             ray.init(address=address, **options)
         else:
             _start(ray, num_cpus=workers, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
-            f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}",
+            f"no Ray cluster at {address or 'this machine'}: {(str(error) or type(error).__name__).splitlines()[0]}",
             "the address of a running cluster, or none for one on this machine",
             "`ray start --head` on one machine, and what it says on the others",
         ) from error
+
+
+def _knock(ray: Any, address: str) -> None:
+    """OSError where nobody listens at HOST:PORT. Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():  # "auto", or what Ray has to make sense of
+        return
+    host = host.strip("[]")
+    hosts = [host, ray.util.get_node_ip_address()] if host in LOOPBACK else [host]  # Ray takes the second for the first
+    for one in hosts:
+        try:
+            socket.create_connection((one, int(port)), timeout=PATIENCE).close()
+            return
+        except OSError as error:
+            found = error
+    raise found

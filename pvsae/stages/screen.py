@@ -206,6 +206,10 @@ def _check(config: ScreenConfig) -> None:
         )
     if config.engine not in ENGINES:
         raise UserError(f"unknown engine {config.engine!r}", f"one of {', '.join(ENGINES)}")
+    if config.engine == "ray":
+        from pvsae.screening.ray_cluster import check_installed
+
+        check_installed()
     for name in ("base_rows", "workers", "part_rows", "max_rows", "max_length", "batch_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -177,14 +178,57 @@ def test_what_a_worker_has_to_say_to_the_user_arrives(cluster, job) -> None:
     assert refused.value.expected.startswith("the same weights")
 
 
-def test_an_address_without_a_cluster_is_said() -> None:
-    class Nobody:
-        @staticmethod
-        def init(**_) -> None:
-            raise ConnectionError("Could not find a running Ray instance")
+@pytest.mark.slow
+def test_a_busy_cluster_is_waited_for_and_then_used_as_far_as_it_is_free(cluster, job, caplog) -> None:
+    class Somebody:
+        def here(self) -> bool:
+            return True
 
-    with pytest.raises(UserError, match=r"no Ray cluster at 10\.0\.0\.1:6379"):
-        ray_cluster._connect(Nobody, "10.0.0.1:6379", 2)
+    others = [cluster.remote(num_cpus=1)(Somebody).remote() for _ in range(2)]
+    assert cluster.get([other.here.remote() for other in others]) == [True, True]
+
+    def leave_when_waited_for() -> None:
+        while "waiting for room" not in caplog.text:
+            time.sleep(0.01)
+        time.sleep(1)
+        cluster.kill(others[0])
+
+    threading.Thread(target=leave_when_waited_for, daemon=True).start()
+    (data,) = job.data
+    made = list(ray_cluster.screen_on_ray(job, [(data, part) for part in data.parts], workers=2))
+    assert "waiting for room for a worker (a worker takes 1 CPU; free: 0 CPU)" in caplog.text
+    assert sorted(part.number for _, part, _ in made) == [0, 1, 2, 3, 4, 5]
+    assert len({note["process"] for _, _, note in made}) == 1  # the other's CPU was never free
+    assert cluster.get(others[1].here.remote())
+    cluster.kill(others[1])
+
+
+@pytest.mark.slow  # for the cluster; what is tested is over at once
+def test_what_a_cluster_can_never_hold_is_not_waited_for(cluster, job) -> None:
+    (data,) = job.data
+    with pytest.raises(UserError, match="it has 2 CPU and 0 GPU on 1 machine"):
+        list(ray_cluster.screen_on_ray(job, [(data, part) for part in data.parts], workers=2, gpus=1))
+
+
+def test_an_address_where_nobody_listens_is_said_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # ours, and not listened to
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        for one in (address, f"ray://{address}"):
+            with pytest.raises(UserError, match=f"no Ray cluster at {one}: .*refused"):
+                ray_cluster._connect(ray_cluster._ray(), one, 2)
+        assert time.monotonic() - started < 60  # Ray by itself: a quarter of an hour
+    with pytest.raises(UserError, match="no Ray cluster at nonsense"):
+        ray_cluster._connect(ray_cluster._ray(), "nonsense", 2)
+
+
+def test_without_ray_the_stage_says_so_before_anything(config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as Python sees a package that is not there
+    with pytest.raises(UserError, match="Ray is not installed") as missing:
+        screen.run(config(engine="ray"), tmp_path / "run")
+    assert missing.value.fix == "pip install 'pvsae[ray]'"
+    assert not (tmp_path / "run").exists()
 
 
 def test_ray_is_not_imported_unless_asked_for_and_reports_nothing() -> None:
