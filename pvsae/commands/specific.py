@@ -29,8 +29,8 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> No
     parser = add(commands, "specific", _run, about, EXAMPLES)
     parser.description = (
         "Vectors of different traits point in partly the same direction, so that data showing one trait lie along every\n"
-        "trait's vector. This writes what is left of each when the others' are projected out, as a folder that --vectors of\n"
-        "every command takes."
+        "trait's vector. This writes what is left of each when the others' are projected out, as a folder that --vectors\n"
+        "takes. The answers behind the vectors stay where they are: decompose and many-shot monitoring want those too."
     )
     parser.add_argument("vectors", nargs="+", help="a run folder of `pvsae extract`, .safetensors files or official .pt files")
     parser.add_argument("--traits", nargs="+", metavar="TRAIT", help="whose parts are wanted (default: all)")
@@ -53,13 +53,24 @@ def _run(args: argparse.Namespace) -> None:
                 raise UserError(f"two vectors of {trait!r} are given", "one of each trait")
             found[trait] = read_vectors(path, trait, statistic)
     against = getattr(args, "against", None)
-    wanted = getattr(args, "traits", None) or [trait for trait in found if trait not in (against or ())]
-    parts = [specific(found, trait, None if against is None else [t for t in against if t != trait]) for trait in wanted]
+    wanted = list(dict.fromkeys(getattr(args, "traits", ()))) or [trait for trait in found if trait not in (against or ())]
+    parts = [specific(found, trait, against) for trait in wanted]
     out = Path(getattr(args, "out", "runs/specific"))
+    _check_free(out)
     for part in parts:
         part.save(out / part.trait / "vectors" / "vectors.safetensors")
     table = shares(parts, statistic)
     print(f"share: what is left of the squared length of {statistic}\n{table.round(3).to_string(index=False)}\n{out}")
-    for trait, part in table[table["share"] < NOISE].groupby("trait", sort=False):
-        blocks = ", ".join(map(str, part["block"]))
+    for trait, rows in table[table["share"] < NOISE].groupby("trait", sort=False):
+        blocks = ", ".join(map(str, rows["block"]))
         print(f"note: less than {NOISE:.0%} of {trait!r} is left at block {blocks}; what is left may be noise of the extraction")
+
+
+def _check_free(out: Path) -> None:
+    """UserError where vectors are already: of an extraction, which would be gone, or parts that were taken out of others."""
+    from pvsae.errors import UserError
+
+    if any(out.glob("*/vectors/vectors.safetensors")):
+        raise UserError(
+            f"{out} holds vectors already", "a folder without any, since those in one folder are read as one set", "--out NEW"
+        )

@@ -51,7 +51,7 @@ class GateConfig(ScreenConfig):
         max_data_dp: highest dP of a data set, along every vector.
         limits: file of limits that an earlier calibration wrote, in place of `max_dp`.
         calibrate: normal data on which the limit is found, in place of `max_dp`.
-        quantile: of its rows; that is where the limit is put.
+        quantile: of its rows; that is where the limit is put (None: 0.99).
         write_limits: file for what a calibration found.
         allow: share of rows that may lie above the limit.
         allow_unusable: let rows pass that cannot be read or scored, in place of failing on them.
@@ -65,12 +65,16 @@ class GateConfig(ScreenConfig):
     max_data_dp: float | None = None
     limits: str | None = None
     calibrate: tuple[str, ...] = ()
-    quantile: float = 0.99
+    quantile: float | None = None
     write_limits: str | None = None
     allow: float = 0.0
     allow_unusable: bool = False
     baseline: str | None = None
     write_baseline: str | None = None
+
+    @property
+    def at_quantile(self) -> float:
+        return 0.99 if self.quantile is None else self.quantile
 
     def identity(self) -> dict[str, Any]:
         """What the numbers depend on; limits may be changed without measuring again."""
@@ -178,12 +182,15 @@ def _check_options(config: GateConfig) -> None:
         )  # fmt: skip
     if not config.data and not config.calibrate:
         raise UserError("nothing to check", "data")
+    for name in ("write_limits", "quantile"):
+        if getattr(config, name) is not None and not config.calibrate:
+            raise UserError(f"{name} without normal data to find limits on", "--calibrate NORMAL with it")
     for name in ("max_dp", "max_data_dp"):
         value = getattr(config, name)
         if value is not None and not math.isfinite(value):
             raise UserError(f"{name} is {value}", "a number, in residual units")
-    if not 0 < config.quantile < 1:
-        raise UserError(f"quantile is {config.quantile}", "a share between 0 and 1, such as 0.99")
+    if not 0 < config.at_quantile < 1:
+        raise UserError(f"quantile is {config.at_quantile}", "a share between 0 and 1, such as 0.99")
     if not 0 <= config.allow <= 1:
         raise UserError(f"allow is {config.allow}", "a share from 0 to 1")
 
@@ -321,17 +328,19 @@ def _calibrated(
     limits, rows = {}, []
     for probe in result.probes:
         values = np.concatenate([read_columns(result.rows[n], probe, result.model).of(config.base) for n in normal])
-        found = quantile_of(values[np.isfinite(values)], config.quantile)
-        limits[probe.label] = Limit(found["max_dp"], config.quantile)
+        found = quantile_of(values[np.isfinite(values)], config.at_quantile)
+        limits[probe.label] = Limit(found["max_dp"], config.at_quantile)
         rows.append({"vector": probe.label, **found})
         notes.append(
-            f"{probe.label}: {config.quantile:g} of {found['n']} normal rows lie at or below {found['max_dp']:.3f} "
+            f"{probe.label}: {config.at_quantile:g} of {found['n']} normal rows lie at or below {found['max_dp']:.3f} "
             f"(95% interval of that quantile {found['low']:.3f} to {found['high']:.3f}, highest {found['highest']:.3f})"
         )
-    if rows[0]["n"] * (1 - config.quantile) < 5:
-        notes.append(f"fewer than 5 of {rows[0]['n']} normal rows lie above the quantile {config.quantile:g}: take more of them")
+    if rows[0]["n"] * (1 - config.at_quantile) < 5:
+        notes.append(
+            f"fewer than 5 of {rows[0]['n']} normal rows lie above the quantile {config.at_quantile:g}: take more of them"
+        )
     if config.write_limits:
-        kept = {row["vector"]: {**row, "quantile": config.quantile} for row in rows}
+        kept = {row["vector"]: {**row, "quantile": config.at_quantile} for row in rows}
         write_json(config.write_limits, {"about": about, "limits": kept})
     return limits
 

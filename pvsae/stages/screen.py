@@ -105,6 +105,7 @@ class ScreenConfig(Setup):
         """The options that the rows' numbers depend on."""
         found = super().identity()
         kept = {name: value for name, value in found.items() if name not in _HOW | _AFTER}
+        kept["split"] = None if self.split == "train" else self.split  # which it is where none is given
         return {name: value for name, value in kept.items() if value is not None or name not in _OF_DATASETS}
 
     def sources(self) -> list[tuple[str, Source]]:
@@ -127,6 +128,7 @@ class ScreenResult:
         data: the data sets by name, with where their rows stand.
         probes: the vectors at their blocks, in the order of the columns.
         model: what stands before the names of columns, with `official_names`.
+        notes: what a reader should know.
         path: the run folder.
     """
 
@@ -139,6 +141,7 @@ class ScreenResult:
     data: dict[str, DataSet]
     probes: tuple[Probe, ...]
     model: str | None
+    notes: tuple[str, ...]
     path: Path
 
 
@@ -220,6 +223,10 @@ def _check(config: ScreenConfig) -> None:
         raise UserError("both filter_scores and filter_judge are given", "one filter")
     if (config.filter_scores or config.filter_judge) and not config.select:
         raise UserError("a filter without a selection", "a number of rows to select", "--select 500")
+    if config.filter_above != 1.0 and not (config.filter_scores or config.filter_judge):
+        raise UserError("filter_above without a filter", "--filter-scores or --filter-judge with it")
+    if config.ray_address is not None and config.engine != "ray":
+        raise UserError(f"ray_address with the engine {config.engine!r}", "the engine that it is for", "--engine ray")
 
 
 def _job(config: ScreenConfig, folder: RunDir, model: ChatModel, probes: tuple[Probe, ...], data: Sequence[DataSet]) -> Job:
@@ -434,7 +441,7 @@ def _report(
     folder.result({**summary, "examples": examples, "costs": paid, "spent in this start": spent})
     return ScreenResult(
         tables["data_sets"], tables["approximations"], tables["subsets"], counts, tables["selections"], files,
-        {data.name: data for data in job.data}, job.probes, official, folder.path,
+        {data.name: data for data in job.data}, job.probes, official, tuple(summary["notes"]), folder.path,
     )  # fmt: skip
 
 
@@ -469,6 +476,13 @@ def _summary(config: ScreenConfig, tables: dict[str, pd.DataFrame], filters: dic
     if config.base != "all":
         how = "the mean base answer of a random subset" if config.base == "subset" else "the last prompt token"
         notes.append(f"dP of a row stands on {how}, not on the row's own base answer")
+    if config.base == "subset":
+        for row in counts.to_dict("records"):
+            chosen, used = min(config.base_rows, row["rows"]), row["with base answer"]
+            if used < chosen:
+                notes.append(
+                    f"{row['data']}: of {chosen} rows chosen for a base answer {used} can be used, and dp stands on those"
+                )
     return {
         "title": "Data screening",
         "about": (

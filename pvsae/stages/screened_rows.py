@@ -47,7 +47,8 @@ def shared_edges(values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def status_counts(files: Mapping[str, Path], data: Sequence[DataSet]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows by status, and a list of those that cannot be used, by file and line."""
+    """Rows by status and by base answers (none where one was made and is empty), and a list of those that cannot be used, by file
+    and line."""
     counts, bad = [], []
     for one in data:
         path = files[one.name]
@@ -58,7 +59,7 @@ def status_counts(files: Mapping[str, Path], data: Sequence[DataSet]) -> tuple[p
             {
                 "data": one.name, "rows": len(table), **{status: int(found.get(status, 0)) for status in STATUSES},
                 "cut": int((usable["n_cut"] > 0).sum()),
-                "no base answer": int((usable["n_base"] == 0).sum()),
+                "no base answer": int((usable["n_base"] == 0).sum()), "with base answer": int((usable["n_base"] > 0).sum()),
             }
         )  # fmt: skip
         some = table[table["status"] != OK].head(SHOWN_BAD)

@@ -41,8 +41,16 @@ def gap_in_raw(vectors: PersonaVectors, block: int, statistic: str = DEFAULT_STA
     holds; divided by the vector's length it is a coefficient.
 
     Raises:
-        UserError: the vectors lack `response_avg_diff` (foreign files), or the gap is not positive.
+        UserError: the vectors lack `response_avg_diff` (foreign files), hold of it only what other traits do not share
+            (vectors/specificity.py) while another statistic is asked for, or the gap is not positive.
     """
+    if "specific" in vectors.meta and statistic != DEFAULT_STATISTIC:
+        raise UserError(
+            f"the unit 'gap' along {statistic} of {vectors.trait!r} needs all of {DEFAULT_STATISTIC!r}, and its file holds the "
+            "part that other traits' vectors do not share",
+            f"--statistic {DEFAULT_STATISTIC}, or another unit",
+            "--unit raw",
+        )
     if DEFAULT_STATISTIC not in vectors.statistics:
         raise UserError(
             f"the unit 'gap' needs {DEFAULT_STATISTIC!r} of {vectors.trait!r}, which its file does not hold",

@@ -30,15 +30,16 @@ def specific_rows(
 ) -> Float[Tensor, "n_blocks d_model"]:
     """rows less their orthogonal projection on the span of the others' rows, block by block; computed in fp64, given in fp32.
 
-    Others may depend on each other linearly, to the precision of fp32. Without others the rows are what they were; rows that are
-    not finite (blocks that a foreign file does not have) stay as they are.
+    Others may depend on each other linearly, to the precision of fp32. Without others the rows are what they were. A block at
+    which a row is not finite (foreign files do not have all blocks) is NaN.
     """
     left = rows.detach().double().clone()
     for block in range(len(left)):
         basis = torch.stack([other[block] for other in others]).double() if others else left.new_empty(0, left.shape[1])
-        basis = basis[torch.isfinite(basis).all(dim=1)]
         basis = torch.nn.functional.normalize(basis, dim=1)
-        if len(basis) and torch.isfinite(left[block]).all():
+        if not (torch.isfinite(basis).all() and torch.isfinite(left[block]).all()):
+            left[block] = torch.nan
+        elif len(basis):
             fit = torch.linalg.lstsq(basis.T, left[block, :, None], rcond=_FP32, driver="gelsd").solution[:, 0]
             left[block] -= basis.T @ fit
     return left.float()
@@ -63,9 +64,11 @@ def specific(vectors: Mapping[str, PersonaVectors], trait: str, against: Sequenc
     for name in (trait, *others):
         if name not in vectors:
             raise UserError(f"no vectors of {name!r}", f"one of {', '.join(sorted(vectors))}")
-    if not others or trait in others:
-        wrong = f"{trait!r} among what is taken out of it" if others else f"nothing to take out of {trait!r}"
-        raise UserError(wrong, "vectors of at least one other trait", "pvsae extract --traits ... in the same run")
+    if trait in others:
+        raise UserError(f"{trait!r} is among what is to be taken out of it", "other traits")
+    if not others:
+        wanted = "vectors of at least one other trait"
+        raise UserError(f"nothing to take out of {trait!r}", wanted, "pvsae extract --traits ... in the same run")
     own = vectors[trait]
     for name in others:
         vectors[name].check_model(own)
@@ -75,6 +78,10 @@ def specific(vectors: Mapping[str, PersonaVectors], trait: str, against: Sequenc
     parts = {s: specific_rows(own.of(s), [vectors[name].of(s) for name in others]) for s in shared}
     left = {s: _share(part, own.of(s)) for s, part in parts.items()}
     meta = {name: value for name, value in own.meta.items() if name != "diagnostics"}  # those are of the whole vectors
+    theirs = {b: f"{name!r}: {why}" for name in others for b, why in vectors[name].missing_blocks.items()}
+    missing = {str(b): why for b, why in sorted((theirs | own.missing_blocks).items())}
+    if missing:
+        meta["missing_blocks"] = missing
     return PersonaVectors(trait, parts, {**meta, "specific": {"against": others, "share": left}})
 
 

@@ -46,6 +46,7 @@ def test_one_trait_against_another_from_files_and_a_note_where_nothing_is_left(t
         (["{in}", "{in}"], "two vectors of 'curt'"),
         (["{in}", "--traits", "kind"], "no vectors of 'kind'"),
         (["{in}", "--against", "kind"], "no vectors of 'kind'"),
+        (["{in}", "--traits", "evil", "--against", "evil"], "'evil' is among what is to be taken out of it"),
         (["{in}", "--statistic", "sum"], "no statistic 'sum'"),
     ],
 )
@@ -55,3 +56,16 @@ def test_wrong_input_is_said_in_one_line(tmp_path, capsys, words, says) -> None:
     assert main(["specific", *words, "--out", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_vectors_that_are_there_are_never_overwritten_or_mixed_with(tmp_path, capsys) -> None:
+    folder(tmp_path / "in")
+    before = (tmp_path / "in" / "evil" / "vectors" / "vectors.safetensors").read_bytes()
+    assert main(["specific", str(tmp_path / "in"), "--out", str(tmp_path / "in")]) == 2
+    assert "holds vectors already" in capsys.readouterr().err
+    assert (tmp_path / "in" / "evil" / "vectors" / "vectors.safetensors").read_bytes() == before
+    words = ["specific", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--traits", "evil", "evil"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("evil") == 3, "a row a block, and no trait twice"
+    assert main(["specific", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--traits", "curt"]) == 2
+    assert stored_traits(tmp_path / "out") == ["evil"]

@@ -217,6 +217,8 @@ def test_data_of_which_nothing_was_scored_never_passes(check) -> None:
         ({"max_dp": 1.0, "data": ()}, "nothing to check"),
         ({"calibrate": ("a",), "quantile": 1.0}, "quantile is 1.0"),
         ({"max_dp": 1.0, "allow": 2.0}, "allow is 2.0"),
+        ({"max_dp": 1.0, "write_limits": "limits.json"}, "write_limits without normal data"),
+        ({"limits": "limits.json", "quantile": 0.5}, "quantile without normal data"),
     ],
 )
 def test_wrong_options_are_said_before_any_work(check, options, said) -> None:

@@ -172,6 +172,18 @@ def test_a_subset_of_base_answers_is_random_and_of_the_size_asked_for(config, mo
     assert result.approximations["n"].tolist() == [6] * 4
 
 
+def test_chosen_rows_that_cannot_be_used_are_said(config, model, tmp_path) -> None:
+    data = str(write_jsonl(tmp_path / "half.jsonl", [*chats(5), *[b"not json"] * 5]))
+    result = screen.run(config([data], base="subset", base_rows=8), tmp_path / "run", model=model)
+    used = int(read_rows(result.rows["half"])[result.probes[0].column("base_proj")].notna().sum())
+    assert 3 <= used <= 5
+    assert f"half: of 8 rows chosen for a base answer {used} can be used, and dp stands on those" in result.notes
+    assert result.counts["with base answer"].tolist() == [used]
+    assert result.counts["no base answer"].tolist() == [0]
+    whole = screen.run(config(base="subset", base_rows=8), tmp_path / "whole", model=model)
+    assert not any("chosen" in note for note in whole.notes)
+
+
 def test_killed_anywhere_and_started_again_it_ends_with_the_same_numbers(config, model, tmp_path, monkeypatch) -> None:
     wanted = screen.run(config(), tmp_path / "whole", model=model)
 
@@ -328,6 +340,8 @@ def test_wrong_options_and_inputs_are_said_before_any_work(config, model, tmp_pa
         "source not found": config([str(tmp_path / "none.jsonl")]),
         "block 9": config(blocks=(9,)),
         "without a selection": config(filter_scores="score"),
+        "filter_above without a filter": config(filter_above=2.0),
+        "ray_address with the engine 'here'": config(ray_address="auto"),
         "holds texts|no field": config([str(write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}]))]),
     }
     for said, one in wrong.items():
@@ -365,6 +379,7 @@ def test_a_split_of_a_dataset_is_screened_as_its_rows_in_a_file_are(config, mode
             screen.run(config([saved], **{**options, **changes}), tmp_path / "wrong", model=model)
     with pytest.raises(UserError, match="another configuration"):
         screen.run(config([saved], **{**options, "split": "test_sft"}), tmp_path / "run", model=model)
+    assert config([saved], split="train").identity() == config([saved]).identity()
 
 
 def test_a_dataset_that_changed_is_not_taken_for_the_copy_of_it(config, model, tmp_path, saved) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pvsae.errors import UserError
+from pvsae.stages.strength import gap_in_raw
 from pvsae.vectors import PersonaVectors, specific
 from pvsae.vectors.specificity import shares, specific_rows
 
@@ -68,7 +69,19 @@ def test_blocks_that_a_file_does_not_have_stay_missing() -> None:
     assert torch.isfinite(part.of()[:2]).all()
     assert list(shares([part], "response_avg_diff")["block"]) == [0, 1]
     other = specific({"evil": cut, "curt": found["curt"]}, "curt")
-    assert torch.equal(other.of()[2], found["curt"].of()[2])
+    assert other.missing_blocks == {2: "'evil': after the final norm"}, "where nothing can be taken out, nothing is specific"
+    assert torch.isnan(other.of()[2]).all()
+    with pytest.raises(UserError, match="cannot be used at block 2: 'evil': after the final norm"):
+        other.direction(2)
+
+
+def test_the_gap_along_another_statistic_is_refused() -> None:
+    part = specific(vectors(), "evil")
+    whole = vectors()["evil"]
+    along = part.of()[1] / part.norms()[1]
+    assert gap_in_raw(part, 1) == pytest.approx(float(whole.of()[1] @ along / part.norms()[1]), rel=1e-4)
+    with pytest.raises(UserError, match="the unit 'gap' along prompt_last_diff"):
+        gap_in_raw(part, 1, "prompt_last_diff")
 
 
 def test_what_cannot_be_done_is_said() -> None:
@@ -77,7 +90,7 @@ def test_what_cannot_be_done_is_said() -> None:
         specific(found, "kind")
     with pytest.raises(UserError, match="nothing to take out"):
         specific({"evil": found["evil"]}, "evil")
-    with pytest.raises(UserError, match="among what is taken out"):
+    with pytest.raises(UserError, match="among what is to be taken out"):
         specific(found, "evil", ["evil", "curt"])
     with pytest.raises(UserError, match="d_model=4"):
         specific({**found, "curt": PersonaVectors("curt", {"response_avg_diff": torch.ones(3, 4)})}, "evil")
