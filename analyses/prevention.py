@@ -174,6 +174,7 @@ def options() -> argparse.ArgumentParser:
     """The command line."""
     made = parser_of_given(__doc__ or "")
     made.add_argument("--dictionary", help="a folder, or RELEASE/ID, whose nearest features are used in the vectors' place too")
+    made.add_argument("--other-model", action="store_true", help="take a dictionary that says it is of another model")
     made.add_argument(
         "--teaching", nargs="+", default=[], metavar="TRAIT=DATA",
         help="files, datasets or corpora that teach a trait (default: the embedded models' own)",
@@ -217,7 +218,8 @@ def main() -> None:
     args = options().parse_args()
     size = size_of(args)
     all_of_them = benches(args, size)
-    sae = load_sae(args.dictionary).check_model(all_of_them[0].model) if args.dictionary else None
+    model = all_of_them[0].model
+    sae = load_sae(args.dictionary).check_model(model).check_trained_on(model.name, args.other_model) if args.dictionary else None
     if sae is not None and sae.info.block != all_of_them[0].block:
         raise UserError(f"{sae.ref} is of block {sae.info.block}", f"one of block {all_of_them[0].block}", "--block")
     folder = all_of_them[0].out.parent

@@ -256,7 +256,7 @@ def prepared(args: argparse.Namespace) -> Job:
         changes = [*args.set, *(["training.tokens=1e5"] if args.quick else [])]
         config = args.config or config_for(args.model)
         sae = dictionary(None, config, model, out / f"features-{Path(config).stem}", changes)
-    sae = sae.check_model(model)
+    sae = sae.check_model(model).check_trained_on(model.name, args.other_model)
     if sae.info.block is None:
         raise UserError(f"{sae.ref} does not say which block it is of", "a dictionary whose folder names its block")
     out, stored = vectors_of(args, model)  # takes longest, so that all that may be refused comes before it
@@ -273,6 +273,7 @@ def prepared(args: argparse.Namespace) -> Job:
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--dictionary", help="a folder, or RELEASE/ID (default: train the model's shipped config)")
+    options.add_argument("--other-model", action="store_true", help="take a dictionary that says it is of another model")
     options.add_argument("--config", help="config of the dictionary to train (default: MODEL-facets, else MODEL)")
     options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of that config")
     options.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")

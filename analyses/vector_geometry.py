@@ -104,12 +104,17 @@ def draw(tables: Mapping[str, pd.DataFrame], path: Path) -> Path:
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--dictionary", help="folder of a dictionary (default: train the model's shipped config)")
+    options.add_argument("--other-model", action="store_true", help="take a dictionary that says it is of another model")
     options.add_argument("--vectors", type=Path, help="folder of `pvsae extract` (default: extract them)")
     args = options.parse_args()
     model = load(args.model)
     out, stored = vectors_of(args, model)
     traits = known_traits(args.traits, stored)
-    sae = dictionary(args.dictionary, args.model, model, out / "geometry").check_model(model)
+    sae = (
+        dictionary(args.dictionary, args.model, model, out / "geometry")
+        .check_model(model)
+        .check_trained_on(model.name, args.other_model)
+    )
     tables = {space: cosines(found) for space, found in representations(sae, model, stored, traits).items()}
     folder = out / "vector_geometry"
     folder.mkdir(parents=True, exist_ok=True)
