@@ -6,6 +6,7 @@ Knows: the options, and what is printed in the end. Does not know: tasks, condit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,19 @@ EXAMPLES = (
 )
 
 
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The same options. UserError for those that were given and would do nothing, defaults too."""
+    from pvsae.stages.capability import CapabilityConfig
+    from pvsae.stages.capability_options import OPTIONS, check, check_taken
+
+    names = {field.name for field in dataclasses.fields(CapabilityConfig)}
+    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
+    config = CapabilityConfig(**options)
+    check(config)
+    check_taken(config, [name for name in OPTIONS if hasattr(args, name)])
+    return args
+
+
 def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: Callable[[argparse.Namespace], None]) -> None:
     """Adds the subcommand.
 
@@ -29,7 +43,8 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
         add: makes a subcommand's parser.
         run: what the subcommand does.
     """
-    parser = add(commands, "capability", run, "what a model still can while it is steered, or with an adapter", EXAMPLES)
+    about = "what a model still can while it is steered, or with an adapter"
+    parser = add(commands, "capability", lambda args: run(_checked(args)), about, EXAMPLES)
     parser.description = (
         "Tasks of lm-evaluation-harness (pip install 'pvsae[capability]') on the model as it is and under every strength of a\n"
         "vector or feature, with random directions beside them; what changed is compared question by question."
@@ -72,7 +87,7 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser], run: 
     group.add_argument("--library", help="folder of traits, whose questions --unit kl is calibrated on")
     group.add_argument(
         "--against", metavar="RUN",
-        help="count changes from an earlier run of the same tasks, without the adapter say (default: this run's untouched model)",
+        help="count changes from an earlier run of the same questions, without the adapter say (default: from this run's own)",
     )  # fmt: skip
     group.add_argument("--other-model", action="store_true", help="let --against and dictionaries be of another model")
     group = parser.add_argument_group("how it runs")

@@ -110,11 +110,16 @@ def _everything(settings: LoraSettings) -> bool:
     return tuple(settings.targets) == ("all-linear",)
 
 
-def check_targets(hf: Any, settings: LoraSettings, name: str) -> None:
-    """UserError where a model, whose weights need not be there, has no linear layer of one of the names."""
+def _is_linear(module: torch.nn.Module) -> bool:
+    """Whether PEFT gives a layer matrices under our targets; GPT-2's layers are linear ones with the weights turned round."""
     from transformers.pytorch_utils import Conv1D
 
-    names = {where.rpartition(".")[2] for where, module in hf.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def check_targets(hf: Any, settings: LoraSettings, name: str) -> None:
+    """UserError where a model, whose weights need not be there, has no linear layer of one of the names."""
+    names = {where.rpartition(".")[2] for where, module in hf.named_modules() if _is_linear(module)}
     missing = [] if _everything(settings) else [target for target in settings.targets if target not in names]
     if missing:  # PEFT would go on with those that it finds, and stop at one that is not linear
         raise UserError(
@@ -131,10 +136,9 @@ def size(hf: Any, settings: LoraSettings) -> int:
     layers = [
         module
         for name, module in hf.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (module is not head if everything else name.rpartition(".")[2] in settings.targets)
+        if _is_linear(module) and (module is not head if everything else name.rpartition(".")[2] in settings.targets)
     ]
-    return sum(settings.rank * (layer.in_features + layer.out_features) for layer in layers)
+    return sum(settings.rank * sum(layer.weight.shape) for layer in layers)  # in + out, in either order
 
 
 def save(peft: Any, folder: Path, about: Mapping[str, Any]) -> None:

@@ -2,14 +2,14 @@
 
 Knows: the conditions (none, a vector or features at several strengths, a direction taken out, a random direction of equal
 length), the run folder, the table.
-Does not know: tasks and their marks (capability_tasks.py, the harness), how a model answers them (models/harness.py).
+Does not know: tasks and their marks (capability_tasks.py, the harness), how a model answers them (models/harness.py), which
+options go together (capability_options.py), what an earlier run was asked (capability_earlier.py).
 
 Every condition answers the same questions with the same examples, so that what changed is compared question by question.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +21,11 @@ import pandas as pd
 from pvsae.errors import UserError
 from pvsae.runs import RunDir
 from pvsae.saes.fingerprint import fingerprint
-from pvsae.saes.info import same_model
+from pvsae.stages.capability_earlier import NONE, against, remember
+from pvsae.stages.capability_options import check
 from pvsae.stages.capability_tasks import Evaluated, Tasks, change, own_shots
 from pvsae.stages.counts import count, is_kept, kept
-from pvsae.stages.handles import FEATURE_UNITS, MODES, Feature, open_features, parse
+from pvsae.stages.handles import FEATURE_UNITS, Feature, open_features, parse
 from pvsae.stages.inputs import (
     Setup,
     check_blocks,
@@ -40,7 +41,7 @@ from pvsae.stages.inputs import (
 )
 from pvsae.stages.steer import ALL_BLOCKS, additions, random_like, turned_at_random
 from pvsae.stages.strength import UNITS, calibrate, gap_in_raw, mean_kl
-from pvsae.stages.sweep import POSITIONS, tasks_under
+from pvsae.stages.sweep import tasks_under
 from pvsae.vectors.persona import DEFAULT_STATISTIC, PersonaVectors
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from pvsae.saes.dictionary import SAE
 
 DEFAULT_TASK = "mmlu"
-NONE = "none"
-COMPARED = ("shots", "limit", "template", "system", "chat", "dtype", "seed")  # what two runs must share to be compared
 HEAD = ["condition", "trait", "feature", "block", "coef", "unit", "raw", "positions"]
 
 
@@ -68,13 +67,13 @@ class CapabilityConfig(Setup):
         vectors: run folder of `pvsae extract`, or a vector file: then each trait's vector is added at each strength. Without
             `traits`, all that are there.
         ablate: take the direction of the vectors out of the residual as well.
-        against: run folder of an earlier `pvsae capability` with the same tasks, asked in the same way (of the model without the
-            adapter, say): changes are counted from its untouched model instead of this one's.
+        against: run folder of an earlier `pvsae capability` that was asked the same questions in the same way (of the model
+            without the adapter, say): changes are counted from its untouched model instead of this one's.
         other_model: let `against` and the dictionaries be of another model all the same.
         features: SAE:INDEX, as in `pvsae steer`; instead of `vectors`.
         mode: "add", "clamp" or "ablate", of features.
         activity, activity_tokens: where highest activations of features come from, as in `pvsae steer`.
-        layers: run folder of `pvsae layers`, whose choice of block is used where `blocks` is empty.
+        layers: run folder of `pvsae layers`, whose choice of block is used; instead of `blocks`.
         blocks: blocks to steer at, one at a time.
         multi_layer: steer all blocks at once with the incremental vectors (and take out each block's own direction).
         coefs: strengths, in `unit`.
@@ -83,6 +82,8 @@ class CapabilityConfig(Setup):
         statistic: which vector of the file.
         n_random: random directions of the vector's length at each strength (of features: none).
         kl_rows: unsteered answers on which a "kl" strength is calibrated.
+
+    An option that is given where it would do nothing is an error; a library may always be there.
     """
 
     tasks: tuple[str, ...] = ()
@@ -164,9 +165,9 @@ def run(config: CapabilityConfig, run_dir: RunDir | str | Path, *, model: ChatMo
         UserError: the harness is missing, no such task, bad options, vectors or features that do not fit the model, an earlier
             run that was asked otherwise; all before anything is asked. A task whose data cannot be fetched, when it is reached.
     """
-    _check(config)
+    check(config)
     tasks = Tasks(task_names(config, model))
-    earlier = _earlier(config)
+    earlier, asked = against(config, tasks, model)
     with open_run(run_dir, "capability", config) as folder:
         model = model or open_model(config)
         vectors = _vectors(config, model)
@@ -175,6 +176,7 @@ def run(config: CapabilityConfig, run_dir: RunDir | str | Path, *, model: ChatMo
         dictionaries = {f"dictionary {f.sae.ref}": fingerprint(f.sae) for f in features}
         before = {} if earlier is None else {f"values in {config.against}": earlier.samples.to_csv(index=False)}
         pin_inputs(folder, model, (), vectors, {**dictionaries, **tasks.content, **before})
+        remember(folder, asked)
         features = [_measured(folder, feature, counts) for feature in features]
         conditions = _conditions(config, folder, model, vectors, features)
         found = {c.slug: _evaluated(config, folder, model, tasks, c) for c in conditions}
@@ -213,8 +215,10 @@ class CapabilityPlan:
 
 def plan(config: CapabilityConfig) -> CapabilityPlan:
     """What a run would ask; loads no model, but reads the tasks' data. UserError where tasks, options or vectors are wrong."""
-    _check(config)
+    check(config)
     tasks = Tasks(task_names(config, None))
+    if config.against is not None:
+        against(config, tasks, None)
     n = len(parse(config.features)) * (1 if config.mode == "ablate" else len(config.coefs)) if config.features else 0
     for vectors in _read(config).values():
         for block in config.blocks:
@@ -235,59 +239,7 @@ def task_names(config: CapabilityConfig, model: ChatModel | None) -> tuple[str, 
     return tuple(str(folder / name) if folder and name.endswith((".yaml", ".yml")) else name for name in names) or (DEFAULT_TASK,)
 
 
-def _check(config: CapabilityConfig) -> None:
-    if config.vectors and config.features:
-        raise UserError("both vectors and features are given", "one of them", "make a run of each; strengths differ in unit")
-    if config.ablate and not config.vectors:
-        raise UserError("--ablate without vectors", "directions to take out", "give VECTORS, or --mode ablate for features")
-    allowed = FEATURE_UNITS if config.features else UNITS
-    for name, value, some in (("unit", config.unit_of, allowed), ("mode", config.mode, MODES)):
-        if value not in some:
-            raise UserError(f"unknown {name} {value!r}", f"one of {', '.join(some)}")
-    if config.positions not in POSITIONS:
-        raise UserError(f"unknown positions {config.positions!r}", f"one of {', '.join(POSITIONS)}")
-    if not all(math.isfinite(c) and c != 0 for c in config.coefs) or len(set(config.coefs)) < len(config.coefs):
-        raise UserError(f"coefs are {list(config.coefs)}", "finite numbers other than 0, each once (0 is always there)")
-    steered = config.mode != "ablate" if config.features else bool(config.vectors) and not config.ablate
-    if steered and not config.coefs:
-        raise UserError("no strength is given", "at least one", "--coefs 1")
-    if config.multi_layer and (config.blocks or config.features):
-        raise UserError("multi_layer with blocks or features", "vectors at every block", "leave one of them out")
-    if config.multi_layer and config.unit_of == "gap" and config.statistic != DEFAULT_STATISTIC:
-        raise UserError("the unit 'gap' differs from block to block here", "--unit raw or kl with multi_layer")
-    for name, least in (("shots", 0), ("limit", 1), ("n_random", 0), ("kl_rows", 1), ("activity_tokens", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}", f"at least {least}")
-
-
 # --------------------------------------------------------------------------------------------------------------- what is given
-def _earlier(config: CapabilityConfig) -> Evaluated | None:
-    """The untouched model's values in an earlier run. UserError where there are none, or where it was asked otherwise."""
-    against = config.against
-    if against is None:
-        return None
-    place = Path(against) / "conditions" / NONE
-    if not (place / "rows.parquet").is_file() or not (place / "samples.parquet").is_file():
-        raise UserError(f"{against} holds no values to compare with", "the run folder of `pvsae capability`", "check --against")
-    was = RunDir.read(against).config
-    asked = {name: (was.get(name), getattr(config, name)) for name in COMPARED}
-    wrong = [f"{name} {before!r}, here {here!r}" for name, (before, here) in asked.items() if before != here]
-    if wrong:
-        raise UserError(
-            f"{against} was asked otherwise: {'; '.join(wrong)}",
-            "runs that differ only in what is done to the model",
-            "give the same options, or make the run to compare with again",
-        )
-    if not config.other_model and not same_model(str(was.get("model")), config.model):
-        raise UserError(
-            f"{against} is of the model {was.get('model')}, and this run of {config.model}",
-            "runs of one model",
-            "--other-model, if the models are close relatives (a base model and its finetune) and you mean it",
-        )
-    return Evaluated.load(place)
-
-
 def _features(config: CapabilityConfig, model: ChatModel) -> list[Feature]:
     block = config.blocks[0] if config.blocks else None
     return open_features(config.features, model, block, other_model=config.other_model) if config.features else []

@@ -10,7 +10,9 @@ The harness is the extra `capability`; it is imported where it is needed, and it
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
+import json
 import logging
 import math
 import random
@@ -115,6 +117,29 @@ class Tasks:
             loaded = self.manager.load(self.names)["tasks"]
             return {name: min(len(task.eval_docs), limit or len(task.eval_docs)) for name, task in loaded.items()}
 
+    def questions(self, *, shots: int | None, limit: int | None, system: str | None, seed: int) -> dict[str, str]:
+        """Hash of all that each task asks, in bare text: the rows of its data, prompts with their examples, and choices.
+
+        A chat template is no part of it, so that it is the same of two models. Arguments as of `evaluate`.
+        """
+        with _quiet(), _as_user_error(self.names), _seeded(seed):
+            out = {}
+            for name, task in self._loaded(shots, seed)["tasks"].items():
+                task.build_all_requests(limit=limit, system_instruction=system)
+                asked = [(one.doc_id, one.doc, one.args) for one in task.instances]
+                out[name] = hashlib.sha256(json.dumps(asked, sort_keys=True, default=_plain).encode()).hexdigest()
+            return out
+
+    def _loaded(self, shots: int | None, seed: int) -> dict[str, Any]:
+        """The harness' own tasks and groups, with so many examples, drawn under the seed."""
+        loaded: dict[str, Any] = self.manager.load(list(self.names))
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own != 0:  # a task that says 0 means it
+                task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
+            task.set_fewshot_seed(seed=seed)
+        return loaded
+
     def evaluate(
         self, lm: LM, *, shots: int | None, limit: int | None, template: bool, system: str | None, seed: int
     ) -> Evaluated:
@@ -132,15 +157,9 @@ class Tasks:
         from lm_eval import evaluate
 
         with _quiet(), _as_user_error(self.names), _seeded(seed):
-            loaded = self.manager.load(list(self.names))
-            for task in loaded["tasks"].values():
-                own = task.get_config("num_fewshot")
-                if own != 0:  # a task that says 0 means it
-                    task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
-                task.set_fewshot_seed(seed=seed)
             found = evaluate(
                 lm=lm,
-                task_dict=loaded,
+                task_dict=self._loaded(shots, seed),
                 limit=limit,
                 apply_chat_template=template,
                 fewshot_as_multiturn=template,
@@ -195,6 +214,11 @@ def own_shots(rows: pd.DataFrame, shots: int | None) -> list[str]:
     some = ", ".join(own[:5]) + (f" and {len(own) - 5} more" if len(own) > 5 else "")
     why = "a task file with num_fewshot: 0 means it, and the harness keeps to it"
     return [f"shots {shots} had no effect on {some}: {why}."] if own else []
+
+
+def _plain(value: Any) -> Any:
+    """What stands in JSON for a value that it does not know; no address of an object, which differs from run to run."""
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
 def _variance_of_mean(x: np.ndarray) -> float:

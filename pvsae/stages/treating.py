@@ -60,7 +60,7 @@ class Treating(Setup):
         statistic: which vector of it.
         features: SAE:INDEX in place of vectors.
         blocks: where; one block for "steer". Empty takes what `layers` chose, else the model's own block; of features theirs.
-        layers: run folder of `pvsae layers`.
+        layers: run folder of `pvsae layers`; instead of `blocks`.
         multi_layer: every block: with "steer" the incremental vectors, whose effects sum to one vector.
         coef: strength of "steer", in `unit`; None is 2.
         unit: of vectors "raw", "gap" or "kl" (see strength.py; measured on the first `kl_rows` rows of the data), of features
@@ -117,6 +117,8 @@ class Treating(Setup):
             raise UserError(f"a prompt with treatment {self.treatment!r}", "a text, for inoculate or discourage")
         if self.multi_layer and (self.blocks or self.layers or self.features):
             raise UserError("multi_layer with blocks, layers or features", "vectors alone: it takes every block")
+        if self.blocks and self.layers:
+            raise UserError("both blocks and layers are given", "one of them: layers chooses a block")
         if self.treatment == STEER and len(self.blocks) > 1:
             raise UserError(
                 f"steering at blocks {list(self.blocks)} would count what their vectors share several times",
@@ -219,7 +221,19 @@ def check(config: Treating, outline: Outline) -> None:
     model = cast("ChatModel", outline)
     measured = config.treatment == STEER and config.unit_used in ("kl", "max")
     treated(replace(config, unit="raw", activity=()) if measured else config, model, None, ())
+    if measured and config.features and config.strength:
+        _open_activity(config, model)
     prompts_of(config, model)
+
+
+def _open_activity(config: Treating, model: ChatModel) -> None:
+    """Opens the runs of `activity` as far as `_activation` will: of each dictionary up to the first that counted it."""
+    from pvsae.stages.counts import activity_of_run
+    from pvsae.stages.handles import open_features
+
+    block = next(iter(config.blocks), None)
+    for feature in open_features(config.features, model, block, other_model=config.other_model):
+        any(activity_of_run(run, feature.sae, model) is not None for run in config.activity)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from pvsae.errors import UserError
 from pvsae.reports import write_report
 from pvsae.stages import CapabilityConfig, capability
 from pvsae.stages.capability import task_names
+from pvsae.stages.capability_earlier import against
 from pvsae.stages.capability_tasks import Evaluated, Tasks, change
 from pvsae.vectors import PersonaVectors
 from tests.browser import assert_fine
@@ -232,7 +234,7 @@ def test_changes_are_counted_from_an_earlier_run(ran, place, tmp_path, tiny_mode
     assert table["change"].abs().max() > 0
     few = config(place, tasks=(f"{place}/free.yaml",), vectors=None, blocks=())
     one = capability.run(few, tmp_path / "few", model=tiny_models("llama"))
-    with pytest.raises(UserError, match="were asked for before"):
+    with pytest.raises(UserError, match="was not asked tiny_choice, tiny_free_acc"):
         capability.run(replace(setup, against=str(one.path)), tmp_path / "all", model=tiny_models("llama"))
 
 
@@ -260,9 +262,82 @@ def test_another_model_is_compared_with_if_it_is_meant_and_an_adapter_always(ran
     _, first = ran
     setup = config(place, vectors=None, blocks=(), against=str(first.path))
     for changes in ({"model": "other", "other_model": True}, {"adapter": "some/adapter"}, {"model": "folder/tiny"}):
-        found = capability._earlier(replace(setup, **changes))
+        changed = replace(setup, tasks=(f"{place}/group.yaml",), **changes)
+        found, _ = against(changed, Tasks(changed.tasks), None)
         assert found is not None
         assert len(found.samples) == 24
+
+
+@pytest.fixture
+def others(place, tmp_path):
+    """Writes the same task files, with something exchanged in their Python or YAML."""
+
+    def make(old: str, new: str) -> str:
+        folder = tmp_path / "others"
+        folder.mkdir()
+        for name in ("choice.yaml", "tiny_task.py"):
+            (folder / name).write_text((place / name).read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+        return str(folder / "choice.yaml")
+
+    return make
+
+
+@pytest.mark.parametrize(("old", "new"), [('"ferry"', '"wagon"'), ("i % 2", "(i + 1) % 2"), ('["A", "B"]', '["A", "C"]')])
+def test_other_questions_under_the_same_name_are_not_compared(ran, place, others, tmp_path, tiny_models, old, new) -> None:
+    """Another word in the data, another right answer, another choice."""
+    _, first = ran
+    setup = config(place, vectors=None, blocks=(), against=str(first.path))
+    same = capability.run(setup, tmp_path / "same", model=tiny_models("qwen2")).table
+    assert same["change"].tolist() == [0.0]
+    changed = replace(setup, tasks=(others(old, new),))
+    for start in (
+        lambda: capability.run(changed, tmp_path / "run", model=tiny_models("qwen2")),
+        lambda: capability.plan(changed),
+    ):
+        with pytest.raises(UserError, match="was asked other questions under the name tiny_choice"):
+            start()
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_examples_are_other_questions_and_a_seed_draws_the_same_ones(place, others, tmp_path) -> None:
+    file = others("num_fewshot: 0", "fewshot_split: more")
+    asked = {"shots": 2, "limit": 3, "system": None, "seed": 1}
+    first = Tasks([file]).questions(**asked)
+    assert Tasks([file]).questions(**asked) == first
+    assert Tasks([file]).questions(**{**asked, "seed": 2}) != first
+
+
+def test_data_that_change_do_not_go_on_as_the_same_run(place, others, tmp_path, tiny_models) -> None:
+    """The task file is as it was; its data are not."""
+    file = others("", "")
+    setup = config(place, tasks=(file,), vectors=None, blocks=())
+    capability.run(setup, tmp_path / "run", model=tiny_models("qwen2"))
+    module = tmp_path / "others" / "tiny_task.py"
+    module.write_text(MODULE.replace('"ferry"', '"handcart"'), encoding="utf-8")
+    with pytest.raises(UserError, match="the questions of tiny_choice changed"):
+        capability.run(setup, tmp_path / "run", model=tiny_models("qwen2"))
+
+
+def test_the_dtype_counts_as_it_is_and_not_as_it_is_typed(ran, place) -> None:
+    _, first = ran
+    setup = config(place, vectors=None, blocks=(), against=str(first.path), device="cpu")
+    for dtype in ("auto", "float32"):
+        assert against(replace(setup, dtype=dtype), Tasks(setup.tasks), None)[1]["dtype"] == "float32"
+    with pytest.raises(UserError, match="dtype 'float32', here 'bfloat16'"):
+        against(replace(setup, dtype="bfloat16"), Tasks(setup.tasks), None)
+
+
+def test_a_run_of_before_questions_were_kept_is_read_but_not_compared_with(place, tmp_path, tiny_models) -> None:
+    setup = config(place, vectors=None, blocks=())
+    first = capability.run(setup, tmp_path / "run", model=tiny_models("qwen2"))
+    shutil.rmtree(first.path / "asked")
+    manifest = json.loads((first.path / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["steps"]["asked"]
+    (first.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    again = capability.run(setup, first.path, model=tiny_models("qwen2"))
+    pd.testing.assert_frame_equal(again.table, first.table)
+    with pytest.raises(UserError, match="made by an earlier version of pvsae, which kept no record of its questions"):
+        capability.run(replace(setup, against=str(first.path)), tmp_path / "other", model=tiny_models("qwen2"))
 
 
 def test_a_task_that_says_no_examples_has_none_and_that_is_said(place, tmp_path, tiny_models) -> None:
@@ -321,6 +396,16 @@ def test_a_changed_task_file_does_not_go_on_as_the_same_run(place, tmp_path, tin
         ({"coefs": (1.0, 1.0)}, "each once"),
         ({"coefs": ()}, "no strength"),
         ({"multi_layer": True}, "multi_layer with blocks"),
+        ({"multi_layer": True, "blocks": (), "layers": "runs/layers"}, "multi_layer with blocks, layers or features"),
+        ({"layers": "nowhere"}, "both blocks and layers"),
+        ({"vectors": None}, "blocks with neither vectors nor features"),
+        ({"vectors": None, "blocks": (), "traits": ("gloomy",), "coefs": (3.0,)}, "traits, coefs with neither"),
+        ({"vectors": None, "blocks": (), "unit": "gap"}, "unit with neither"),
+        ({"vectors": None, "features": ("sae:1",), "traits": ("gloomy",)}, "traits with features, mode add, and the unit max"),
+        ({"vectors": None, "features": ("sae:1",), "mode": "ablate", "coefs": (3.0,)}, "coefs with features, mode ablate"),
+        ({"mode": "clamp"}, "mode with vectors"),
+        ({"kl_rows": 3}, "kl_rows with vectors and the unit raw"),
+        ({"other_model": True}, "other_model with vectors"),
         ({"shots": -1}, "shots is -1"),
         ({"limit": 0}, "limit is 0"),
         ({"blocks": (9,)}, "block 9"),
