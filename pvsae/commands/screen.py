@@ -22,6 +22,7 @@ EXAMPLES = (
     "  pvsae screen lmsys/lmsys-chat-1m --max-rows 20000 --model Qwen/Qwen2.5-7B-Instruct --select 500 \\\n"
     "      --vectors evil_response_avg_diff.pt --layer 20 --official-names --filter-scores judged.csv --filter-above 1"
 )
+_OF_BASE = ("base_rows", "answers", "n_samples", "max_new_tokens", "temperature", "top_p")
 
 
 def shown(result: Any) -> Any:
@@ -78,6 +79,13 @@ def complete(args: argparse.Namespace) -> None:
         if hasattr(args, "blocks"):
             raise UserError("both --blocks and --layer are given", "one of them")
         args.blocks = [layer - 1 for layer in args.layer]
+    wasted = []
+    if getattr(args, "engine", "here") != "ray":
+        wasted += [(name, "--engine ray") for name in ("workers", "ray_address") if hasattr(args, name)]
+    if getattr(args, "base", "all") == "none":
+        wasted += [(name, "base answers, and --base none makes none") for name in _OF_BASE if hasattr(args, name)]
+    for name, what in wasted:
+        raise UserError(f"--{name.replace('_', '-')} does nothing here: it is for {what}", "options that do something")
 
 
 def add_parser(

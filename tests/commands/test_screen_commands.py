@@ -41,6 +41,15 @@ def test_screen_says_what_it_would_do(words, capsys) -> None:
     assert "6 rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "said"), [("--workers", "--engine ray"), ("--base-rows", "base answers"), ("--n-samples", "base answers")]
+)
+def test_an_option_that_does_nothing_is_refused(words, capsys, option, said) -> None:
+    for command in (["screen"], ["gate", "--trait", "gloomy", "--max-dp", "1"]):
+        assert main([command[0], *words, *command[1:], option, "3", "--dry-run"]) == 2
+        assert f"{option} does nothing here: it is for {said}" in capsys.readouterr().err
+
+
 def test_gate_ends_with_1_for_bad_data_and_with_2_for_wrong_input(words, tmp_path, capsys) -> None:
     gate = ["gate", *words, "--trait", "gloomy", "--blocks", "1", "--out", "gate"]
     assert main([*gate, "--max-dp", "1e9"]) == 0
