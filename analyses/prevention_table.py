@@ -94,7 +94,7 @@ def compared(rows: pd.DataFrame, by_question: Mapping[tuple[str, float], Sequenc
     gain = mean_ci(own - other)
     return {
         "trait": best["trait"], "method": best["method"], "strength": best["strength"], "score": best["trait_score"],
-        "plain": plain["trait_score"], "left": best["trait_score"] / plain["trait_score"],
+        "plain": plain["trait_score"], "left": best["trait_score"] / (plain["trait_score"] or float("nan")),
         "capability": best["capability"] - plain["capability"], "coherence": best["coherence"] - plain["coherence"],
         "post_hoc_score": rival["trait_score"], "post_hoc_strength": rival["strength"],
         "post_hoc_reaches_it": bool((after["trait_score"] <= best["trait_score"] + EQUAL).all()),
