@@ -10,13 +10,13 @@ kept).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pvsae.commands.configs import config_from
 from pvsae.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,11 +34,9 @@ def _stage(name: str, config_class: str, shown: Callable[[Any], pd.DataFrame]) -
         from pvsae import stages
 
         kind = getattr(stages, config_class)
-        names = {field.name for field in dataclasses.fields(kind)}
-        options = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
         out = Path(getattr(args, "out", None) or f"runs/{name}")
         _LAST.append(out)
-        config = kind(**options)
+        config = config_from(kind, args)
         if getattr(args, "dry_run", False):
             print(getattr(stages, name).plan(config))
             return

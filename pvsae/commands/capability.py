@@ -6,10 +6,10 @@ Knows: the options, and what is printed in the end. Does not know: tasks, condit
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from pvsae.commands.configs import config_from
 from pvsae.commands.features import Extend
 
 EXAMPLES = (
@@ -27,9 +27,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     from pvsae.stages.capability import CapabilityConfig
     from pvsae.stages.capability_options import OPTIONS, check, check_taken
 
-    names = {field.name for field in dataclasses.fields(CapabilityConfig)}
-    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
-    config = CapabilityConfig(**options)
+    config = config_from(CapabilityConfig, args)
     check(config)
     check_taken(config, [name for name in OPTIONS if hasattr(args, name)])
     return args

@@ -6,10 +6,10 @@ Knows: the options, and what is printed in the end. Does not know: what they do 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from pvsae.commands.configs import config_from
 from pvsae.commands.features import Extend
 from pvsae.commands.sources import add_rows_of
 
@@ -38,9 +38,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     the command line are a treatment forgotten, while a config may well name them for its tables."""
     from pvsae.stages.treating import OPTIONS, Treating, check_taken
 
-    names = {field.name for field in dataclasses.fields(Treating)}
-    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
-    check_taken(Treating(**options), [name for name in OPTIONS if hasattr(args, name)])
+    check_taken(config_from(Treating, args), [name for name in OPTIONS if hasattr(args, name)])
     return args
 
 

@@ -9,13 +9,13 @@ Exit codes: 0 all checks hold, 1 one does not, 2 wrong input, 3 the gate itself 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pvsae.commands.configs import config_from
 from pvsae.commands.screen import add_base, add_vectors, complete
 from pvsae.errors import UserError
 
@@ -89,9 +89,7 @@ def _run(args: argparse.Namespace, started: Callable[[Path], None]) -> int:
     complete(args)
     if getattr(args, "show", 0) < 0:
         raise UserError(f"--show is {args.show}", "a number of rows, 0 for none")
-    names = {field.name for field in dataclasses.fields(gate.GateConfig)}
-    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
-    config = gate.GateConfig(**options)
+    config = config_from(gate.GateConfig, args)
     if getattr(args, "dry_run", False):
         print(screen.plan(gate.screening(config)))
         return 0

@@ -6,10 +6,11 @@ Knows: the options, and what is printed in the end. Does not know: how evidence 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pvsae.commands.configs import config_from
 
 SHOWN = ["feature", "label", "detection", "fuzzing", "density", "max", "strongest_token", "promoted"]
 EXAMPLES = (
@@ -77,9 +78,7 @@ def add_parser(kinds: Any, add: Callable[..., argparse.ArgumentParser], started:
 def _run(args: argparse.Namespace, started: Callable[[Path], None], text: Callable[[Any], str]) -> None:
     from pvsae.stages import sae_features
 
-    names = {field.name for field in dataclasses.fields(sae_features.SaeFeaturesConfig)}
-    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in vars(args).items() if key in names}
-    config = sae_features.SaeFeaturesConfig(**options)
+    config = config_from(sae_features.SaeFeaturesConfig, args)
     if getattr(args, "dry_run", False):
         print(sae_features.plan(config))
         return

@@ -6,7 +6,7 @@ Does not know: conditions, tables, what tasks are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def against(config: CapabilityConfig, tasks: Tasks, model: ChatModel | None) -> 
         UserError: the earlier run has no such values, or is of another model, or was asked other questions, or the same ones in
             another way; a task whose data cannot be fetched.
     """
-    was = None if config.against is None else _options(config, Path(config.against))
+    was = None if config.against is None else _values(config, Path(config.against))
     now = _asked(config, tasks, model)
     if was is None:
         return None, now
@@ -66,7 +66,7 @@ def _asked(config: CapabilityConfig, tasks: Tasks, model: ChatModel | None) -> d
     return {"dtype": str(dtype).removeprefix("torch."), "questions": questions}
 
 
-def _options(config: CapabilityConfig, path: Path) -> Evaluated:
+def _values(config: CapabilityConfig, path: Path) -> Evaluated:
     """The earlier run's values. UserError where there are none, or where its options say that they are no match."""
     place = path / "conditions" / NONE
     if not (place / "rows.parquet").is_file() or not (place / "samples.parquet").is_file():
@@ -75,9 +75,7 @@ def _options(config: CapabilityConfig, path: Path) -> Evaluated:
     asked = {name: (was.get(name), getattr(config, name)) for name in COMPARED}
     wrong = [f"{name} {before!r}, here {here!r}" for name, (before, here) in asked.items() if before != here]
     if wrong:
-        raise UserError(
-            f"{path} was asked otherwise: {'; '.join(wrong)}", "runs that differ only in what is done to the model", _FIX
-        )
+        raise _otherwise(path, wrong)
     if not config.other_model and not same_model(str(was.get("model")), config.model):
         raise UserError(
             f"{path} is of the model {was.get('model')}, and this run of {config.model}",
@@ -98,11 +96,7 @@ def _compare(path: Path, now: dict[str, Any]) -> None:
         )
     before = read_json(file, "record of a run's questions")
     if before["dtype"] != now["dtype"]:
-        raise UserError(
-            f"{path} was asked otherwise: dtype {before['dtype']!r}, here {now['dtype']!r}",
-            "runs that differ only in what is done to the model",
-            _FIX,
-        )
+        raise _otherwise(path, [f"dtype {before['dtype']!r}, here {now['dtype']!r}"])
     missing = [task for task in now["questions"] if task not in before["questions"]]
     if missing:
         raise UserError(f"{path} was not asked {_few(missing)}", f"its tasks, {_few(before['questions'])}", _FIX)
@@ -113,6 +107,12 @@ def _compare(path: Path, now: dict[str, Any]) -> None:
             "the same questions, with the same examples and choices",
             "use the task files and data of that run, or make it again",
         )
+
+
+def _otherwise(path: Path, wrong: Sequence[str]) -> UserError:
+    return UserError(
+        f"{path} was asked otherwise: {'; '.join(wrong)}", "runs that differ only in what is done to the model", _FIX
+    )
 
 
 def _differing(before: dict[str, str], now: dict[str, str]) -> list[str]:
