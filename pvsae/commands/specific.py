@@ -41,7 +41,7 @@ def add_parser(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> No
 
 def _run(args: argparse.Namespace) -> None:
     from pvsae.errors import UserError
-    from pvsae.stages.inputs import known_traits, read_vectors
+    from pvsae.stages.inputs import known_traits, read_vectors, stored_traits, vector_file_of
     from pvsae.vectors.persona import DEFAULT_STATISTIC
     from pvsae.vectors.specificity import shares, specific
 
@@ -56,21 +56,13 @@ def _run(args: argparse.Namespace) -> None:
     wanted = list(dict.fromkeys(getattr(args, "traits", ()))) or [trait for trait in found if trait not in (against or ())]
     parts = [specific(found, trait, against) for trait in wanted]
     out = Path(getattr(args, "out", "runs/specific"))
-    _check_free(out)
+    if out.exists() and (not out.is_dir() or stored_traits(out)):  # an extraction would be gone, or parts of several calls mixed
+        expected = "a folder without any, since those in one folder are read as one set"
+        raise UserError(f"{out} {'holds vectors already' if out.is_dir() else 'is a file'}", expected, "--out NEW")
     for part in parts:
-        part.save(out / part.trait / "vectors" / "vectors.safetensors")
+        part.save(vector_file_of(out, part.trait))
     table = shares(parts, statistic)
     print(f"share: what is left of the squared length of {statistic}\n{table.round(3).to_string(index=False)}\n{out}")
     for trait, rows in table[table["share"] < NOISE].groupby("trait", sort=False):
         blocks = ", ".join(map(str, rows["block"]))
         print(f"note: less than {NOISE:.0%} of {trait!r} is left at block {blocks}; what is left may be noise of the extraction")
-
-
-def _check_free(out: Path) -> None:
-    """UserError where vectors are already: of an extraction, which would be gone, or parts that were taken out of others."""
-    from pvsae.errors import UserError
-
-    if any(out.glob("*/vectors/vectors.safetensors")):
-        raise UserError(
-            f"{out} holds vectors already", "a folder without any, since those in one folder are read as one set", "--out NEW"
-        )

@@ -195,7 +195,7 @@ def read_vectors(path: str | Path, trait: str, statistic: str) -> PersonaVectors
     """
     path = Path(path)
     if path.is_dir():
-        file = _file_of(path, trait)
+        file = vector_file_of(path, trait)
         if not file.is_file():
             known = stored_traits(path)
             raise UserError(
@@ -232,7 +232,7 @@ def stored_traits(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if path.is_dir():
-        return sorted(file.parent.parent.name for file in path.glob(str(_file_of(Path(), "*"))))
+        return sorted(file.parent.parent.name for file in path.glob(str(vector_file_of(Path(), "*"))))
     return [read_vector_file(path).trait]
 
 
@@ -244,7 +244,7 @@ def known_traits(names: Sequence[str], path: str | Path) -> list[str]:
     return found
 
 
-def _file_of(folder: Path, trait: str) -> Path:
+def vector_file_of(folder: Path, trait: str) -> Path:
     """Where `pvsae extract` keeps a trait's vectors."""
     return folder / trait / "vectors" / "vectors.safetensors"
 

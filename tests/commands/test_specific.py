@@ -69,3 +69,7 @@ def test_vectors_that_are_there_are_never_overwritten_or_mixed_with(tmp_path, ca
     assert capsys.readouterr().out.count("evil") == 3, "a row a block, and no trait twice"
     assert main(["specific", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--traits", "curt"]) == 2
     assert stored_traits(tmp_path / "out") == ["evil"]
+    (tmp_path / "file").write_text("mine")
+    assert main(["specific", str(tmp_path / "in"), "--out", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
